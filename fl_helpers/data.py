@@ -1,0 +1,512 @@
+"""Data sets as arrays in memory: MedMNIST, a tree of image folders, heart disease.
+
+Each loader returns `Arrays`. Nothing is scaled or imputed here: statistics of rows from
+several hospitals would be a use of pooled data. `data/README.md` describes the data
+sets. Needs numpy; torchvision to download, Pillow for image folders. Copy this file on
+its own (and `data/heart_disease.csv` if you want that table).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import http.client
+import math
+import os
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """A data set in memory. Raises ValueError if its parts do not fit together."""
+
+    x: np.ndarray  # images uint8 [N, H, W] or [N, H, W, 3]; tables float32 [N, F]
+    y: np.ndarray  # int64 [N], class index
+    classes: tuple[str, ...]  # class names, index = y
+    site: np.ndarray | None = None  # str [N], for data that come by hospital
+    features: tuple[str, ...] = ()  # column names of a table; NaN in x means missing
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __post_init__(self) -> None:
+        _check_inputs(self.x, self.features)
+        if self.y.dtype != np.int64 or self.y.shape != (len(self.x),):
+            raise ValueError(
+                f"y must be int64 [{len(self.x)}], one class index per row of x, got "
+                f"{self.y.dtype} {list(self.y.shape)}"
+            )
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must be different names, got {self.classes}")
+        if self.y.min() < 0 or self.y.max() >= len(self.classes):
+            raise ValueError(
+                f"y must lie in 0..{len(self.classes) - 1} for {len(self.classes)} "
+                f"classes, got {self.y.min()}..{self.y.max()}; name every class"
+            )
+        if self.site is not None and (
+            self.site.dtype.kind != "U" or self.site.shape != self.y.shape
+        ):
+            raise ValueError(
+                f"site must be str [{len(self.y)}], one hospital per row, got "
+                f"{self.site.dtype} {list(self.site.shape)}"
+            )
+
+
+def _check_inputs(x: np.ndarray, features: tuple[str, ...]) -> None:
+    grey, colour = x.ndim == 3, x.ndim == 4 and x.shape[-1] == 3
+    is_image = x.dtype == np.uint8 and (grey or colour)
+    is_table = x.dtype == np.float32 and x.ndim == 2
+    if not (is_image or is_table):
+        raise ValueError(
+            "x must be images, uint8 [N, H, W] or [N, H, W, 3], or a table, float32 "
+            f"[N, F], got {x.dtype} {list(x.shape)}"
+        )
+    if x.size == 0:
+        raise ValueError(f"x is empty, shape {list(x.shape)}; give at least one row")
+    if len(features) != (x.shape[1] if is_table else 0):
+        raise ValueError(
+            f"{len(features)} feature names for x of shape {list(x.shape)}; name each "
+            "column of a table, and none of an image"
+        )
+    if is_table and np.isinf(x).any():
+        row, column = np.argwhere(np.isinf(x))[0]
+        raise ValueError(
+            f"x is infinite in row {row}, column {features[column]!r}; use NaN if missing"
+        )
+
+
+def drop_duplicates(arrays: Arrays) -> Arrays:
+    """Keep one copy of each distinct row of x; returns new arrays in the same order.
+
+    Rows are equal if every byte is; labels and hospitals are not compared. Of equal rows
+    with one label the first stays. Of equal rows with different labels none stays: we
+    cannot know which label is right. Do this before dividing rows among hospitals, or
+    the same image may be trained on in one and tested in another.
+    """
+    labels: dict[bytes, set[int]] = {}
+    first: dict[bytes, int] = {}
+    for row, (content, label) in enumerate(zip(arrays.x, arrays.y, strict=True)):
+        key = hashlib.sha256(content.tobytes()).digest()
+        labels.setdefault(key, set()).add(int(label))
+        first.setdefault(key, row)
+    kept = np.array([row for key, row in first.items() if len(labels[key]) == 1], int)
+    site = None if arrays.site is None else arrays.site[kept]
+    return replace(arrays, x=arrays.x[kept], y=arrays.y[kept], site=site)
+
+
+# --------------------------------------------------------------------------- MedMNIST
+
+_MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}?download=1"
+_MEDMNIST_SIZES = (28, 64, 128, 224)
+
+_ORGANS = (
+    "bladder | femur-left | femur-right | heart | kidney-left | kidney-right | liver | "
+    "lung-left | lung-right | pancreas | spleen"
+)
+_MEDMNIST_CLASSES = {
+    "pathmnist": "adipose | background | debris | lymphocytes | mucus | smooth muscle | "
+    "normal colon mucosa | cancer-associated stroma | "
+    "colorectal adenocarcinoma epithelium",
+    "dermamnist": "actinic keratoses and intraepithelial carcinoma | "
+    "basal cell carcinoma | benign keratosis-like lesions | dermatofibroma | melanoma | "
+    "melanocytic nevi | vascular lesions",
+    "octmnist": "choroidal neovascularization | diabetic macular edema | drusen | normal",
+    "pneumoniamnist": "normal | pneumonia",
+    "retinamnist": "grade 0 | grade 1 | grade 2 | grade 3 | grade 4",
+    "breastmnist": "malignant | normal, benign",
+    "bloodmnist": "basophil | eosinophil | erythroblast | immature granulocytes | "
+    "lymphocyte | monocyte | neutrophil | platelet",
+    "tissuemnist": "Collecting Duct, Connecting Tubule | Distal Convoluted Tubule | "
+    "Glomerular endothelial cells | Interstitial endothelial cells | Leukocytes | "
+    "Podocytes | Proximal Tubule Segments | Thick Ascending Limb",
+    "organamnist": _ORGANS,
+    "organcmnist": _ORGANS,
+    "organsmnist": _ORGANS,
+}
+_MEDMNIST_MD5 = {  # in the order of _MEDMNIST_SIZES, from medmnist 3.0.2
+    "pathmnist": "a8b06965200029087d5bd730944a56c1 55aa9c1e0525abe5a6b9d8343a507616 "
+    "ac42d08fb904d92c244187169d1fd1d9 2c51a510bcdc9cf8ddb2af93af1eadec",
+    "dermamnist": "0744692d530f8e62ec473284d019b0c7 b70a2f5635c6199aeaa28c31d7202e1f "
+    "2defd784463fa5243564e855ed717de1 8974907d8e169bef5f5b96bc506ae45d",
+    "octmnist": "c68d92d5b585d8d81f7112f81e2d0842 e229e9440236b774d9f0dfef9d07bdaf "
+    "0a97e76651ace45c5d943ee3f65b63ae abc493b6d529d5de7569faaef2773ba3",
+    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f 8f4eceb4ccffa70c672198ea285246c6 "
+    "05b46931834c231683c68f40c47b2971 d6a3c71de1b945ea11211b03746c1fe1",
+    "retinamnist": "bd4c0672f1bba3e3a89f0e4e876791e4 afda852cc34dcda56f86ad2b2457dbcc "
+    "e48e916a24454daf90583d4e6efb1a18 eae7e3b6f3fcbda4ae613ebdcbe35348",
+    "breastmnist": "750601b1f35ba3300ea97c75c52ff8f6 742edef2a1fd1524b2efff4bd7ba9364 "
+    "363e4b3f8d712e9b5de15470a2aaadf1 b56378a6eefa9fed602bb16d192d4c8b",
+    "bloodmnist": "7053d0359d879ad8a5505303e11de1dc 2b94928a2ae4916078ca51e05b6b800b "
+    "adace1e0ed228fccda1f39692059dd4c b718ff6835fcbdb22ba9eacccd7b2601",
+    "tissuemnist": "ebe78ee8b05294063de985d821c1c34b 123ece2eba09d0aa5d698fda57103344 "
+    "61b955355d7425a89687b06cca3ce0c2 b077128c4a949f0a4eb01517f9037b9c",
+    "organamnist": "68e3f8846a6bd62f0c9bf841c0d9eacc 2dcccc29b88e6da5a01161ef20cda288 "
+    "eeae80d0a227a8d099027e1b3cfd3b60 50747347e05c87dd3aaf92c49f9f3170",
+    "organcmnist": "b9ceb9546e10131b32923c5bbeaea2b1 3ce34a8724ea6f548e6db4744d03b6a9 "
+    "773c1f009daa3fe5d9a2a201b2a7ed94 050f5e875dc056f6768abf94ec9995d1",
+    "organsmnist": "9ab87b696fb54e2a387ebe992d6ed5f1 53a6d115339d874c25e309a994ff46d3 "
+    "ded0c5fa01a95dc4978b956f613e9b8e b354719e553fbbb2513d5533f52a4cb1",
+}
+
+
+_SPLITS = ("train", "val", "test")
+_NPZ_ERRORS = (  # raised by np.load for empty, cut, altered or other kinds of files
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def load_medmnist(
+    name: str,
+    root: str | Path = "data/cache",
+    *,
+    size: int = 28,
+    download: bool = True,
+) -> Arrays:
+    """Load a 2-D MedMNIST v2 set, e.g. "pneumoniamnist" (Yang et al. 2023).
+
+    root: a folder that holds `<name>.npz` (28 pixels) or `<name>_<size>.npz`, to which
+    the file is downloaded if it is not there; or the .npz file itself, read as it is.
+    A file in a folder is compared with the published MD5; if it differs, a UserWarning
+    says so and it is used. size: pixels, 28, 64, 128 or 224.
+
+    Returns all images, training, validation and test rows in this order: hospitals are
+    made by dividing them anew. Raises FileNotFoundError if the file can be neither found
+    nor downloaded, ValueError if it is damaged or not of this set.
+    """
+    classes = _medmnist_classes(name)
+    if size not in _MEDMNIST_SIZES:
+        raise ValueError(f"size must be one of {_MEDMNIST_SIZES}, got {size}")
+    path = Path(root)
+    if path.suffix != ".npz":
+        path = path / (f"{name}.npz" if size == 28 else f"{name}_{size}.npz")
+        md5 = _MEDMNIST_MD5[name].split()[_MEDMNIST_SIZES.index(size)]
+        if path.is_file():
+            _warn_if_altered(path, md5)
+        elif download:
+            _download(_MEDMNIST_URL.format(path.name), path, md5)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.absolute()} does not exist; save "
+            f"{_MEDMNIST_URL.format(path.name)} there, or pass a folder and download=True"
+        )
+    images, labels = _read_medmnist(path, size)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"{path} has labels {labels.min()}..{labels.max()} but {name} has "
+            f"{len(classes)} classes; is it the file of another set?"
+        )
+    return Arrays(images, labels, classes)
+
+
+def _medmnist_classes(name: str) -> tuple[str, ...]:
+    if name == "chestmnist":
+        raise ValueError(
+            "chestmnist has several labels per image, which class indices cannot hold; "
+            "use pneumoniamnist for chest radiographs with one label"
+        )
+    if name not in _MEDMNIST_CLASSES:
+        raise ValueError(
+            f"unknown set {name!r}; choose from {sorted(_MEDMNIST_CLASSES)}"
+        )
+    return tuple(_MEDMNIST_CLASSES[name].split(" | "))
+
+
+def _warn_if_altered(path: Path, md5: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.md5(usedforsecurity=False)
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    if digest.hexdigest() != md5:
+        warnings.warn(
+            f"{path} is not the published file: MD5 {digest.hexdigest()}, published "
+            f"{md5}. It is used as it is; delete it to download it anew",
+            stacklevel=3,
+        )
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    """Fetch url to path, or leave nothing there."""
+    from torchvision.datasets.utils import download_url
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own, so that a broken download never gets the final name.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as part:
+            download_url(url, part, filename=path.name, md5=md5)
+            os.replace(Path(part, path.name), path)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise FileNotFoundError(
+            f"{path.absolute()} does not exist and {url} could not be downloaded with "
+            f"MD5 {md5} ({error}). Save it there from a machine with a network, or pass "
+            "root=<the .npz file>"
+        ) from error
+
+
+def _read_medmnist(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, size, size(, 3)] and labels int64 [N] of all three splits."""
+    keys = [f"{s}_{part}" for part in ("images", "labels") for s in _SPLITS]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = archive.files
+            arrays = [archive[key] for key in keys if key in found]
+    except _NPZ_ERRORS as error:
+        raise ValueError(
+            f"{path} is damaged or not an .npz file of plain arrays ({error}); delete it "
+            "to download it anew"
+        ) from error
+    if len(arrays) < len(keys):
+        raise ValueError(f"{path} has arrays {found}; a MedMNIST file has {keys}")
+    images, labels = arrays[:3], arrays[3:]
+    for split, x, y in zip(_SPLITS, images, labels, strict=True):
+        _check_split(path, split, x, y, size)
+    if len({x.shape[1:] for x in images}) > 1:
+        raise ValueError(f"{path} mixes grey and colour: {[x.shape for x in images]}")
+    if sum(map(len, images)) == 0:
+        raise ValueError(f"{path} holds no image; delete it to download it anew")
+    y = np.concatenate([part.reshape(-1) for part in labels])
+    return np.concatenate(images), y.astype(np.int64)
+
+
+def _check_split(
+    path: Path, split: str, x: np.ndarray, y: np.ndarray, size: int
+) -> None:
+    where = f"{path}: {split}_"
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (3,)):
+        raise ValueError(
+            f"{where}images must be uint8 [N, {size}, {size}] or [N, {size}, {size}, 3], "
+            f"got {x.dtype} {list(x.shape)}"
+        )
+    if x.shape[1:3] != (size, size):
+        raise ValueError(
+            f"{where}images are {x.shape[1]} x {x.shape[2]} pixels, not {size} x {size}; "
+            f"pass size={x.shape[1]} or the right file"
+        )
+    if y.dtype.kind not in "iu" or y.shape not in ((len(x),), (len(x), 1)):
+        raise ValueError(
+            f"{where}labels must be integers [{len(x)}, 1], one per image, got "
+            f"{y.dtype} {list(y.shape)}"
+        )
+
+
+# ---------------------------------------------------------------------- image folders
+
+_IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def load_image_folder(
+    root: str | Path, *, image_size: int | None = None, grayscale: bool = True
+) -> Arrays:
+    """Load your own images from `root/<hospital>/<class>/<image>`, in sorted order.
+
+    image_size: resize to this many pixels squared (the aspect ratio is not kept); None
+    requires that all images have one size. grayscale: [N, H, W], else colour
+    [N, H, W, 3]. A hospital may lack a class; the classes are those of all hospitals.
+    Hidden files are skipped; symbolic links are refused, since they could lead from one
+    hospital's folder into another's.
+
+    Raises FileNotFoundError for a missing folder, ValueError for a tree, file or size
+    that does not fit, naming it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root.absolute()} is not a folder; expected <hospital>/<class>/*.png in it"
+        )
+    listed = list(_list_images(root))
+    classes = sorted({path.parent.name for path in listed})
+    _check_class_names(root, classes)
+    images = []
+    for path in listed:
+        images.append(_read_image(path, image_size, grayscale))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"{listed[0]} is {_pixels(images[0])} but {path} is "
+                f"{_pixels(images[-1])}; pass image_size to resize all images"
+            )
+    return Arrays(
+        x=np.stack(images),
+        y=np.array([classes.index(path.parent.name) for path in listed], np.int64),
+        classes=tuple(classes),
+        site=np.array([path.parent.parent.name for path in listed]),
+    )
+
+
+def _list_images(root: Path) -> Iterator[Path]:
+    """Image files of the tree, hospital by hospital, class by class."""
+    for hospital in _subfolders(root, "hospital"):
+        for class_folder in _subfolders(hospital, "class"):
+            entries = _visible(class_folder)
+            for path in entries:
+                if path.suffix.lower() not in _IMAGE_TYPES or not path.is_file():
+                    raise ValueError(
+                        f"{path} is not an image file ({', '.join(_IMAGE_TYPES)}); "
+                        "convert it or move it out of the class folder"
+                    )
+            if not entries:
+                raise ValueError(
+                    f"{class_folder} has no images; add some or remove the folder"
+                )
+            yield from entries
+
+
+def _subfolders(folder: Path, level: str) -> list[Path]:
+    found = [path for path in _visible(folder) if path.is_dir()]
+    if not found:
+        raise ValueError(
+            f"{folder} has no {level} folders; expected <hospital>/<class>/*.png below "
+            "the folder you pass"
+        )
+    return found
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Entries by name, without hidden ones; links are an error."""
+    entries = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    for path in entries:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a symbolic link; put the files themselves there"
+            )
+    return entries
+
+
+def _check_class_names(root: Path, classes: list[str]) -> None:
+    folded = [name.casefold() for name in classes]
+    twins = [name for name in classes if folded.count(name.casefold()) > 1]
+    if twins:
+        raise ValueError(
+            f"{root} has class folders that differ only in upper and lower case: "
+            f"{twins}; give them one spelling"
+        )
+
+
+def _read_image(path: Path, image_size: int | None, grayscale: bool) -> np.ndarray:
+    """One image, uint8 [H, W] or [H, W, 3]."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            frames, mode = getattr(image, "n_frames", 1), image.mode
+            upright = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"cannot read {path} ({error}); replace or remove the file"
+        ) from error
+    if frames > 1 or mode[0] in "IF":
+        raise ValueError(
+            f"{path} has {frames} frame(s) of mode {mode}; save one 8-bit image per file "
+            "(for 16-bit radiographs, choose the grey-level window yourself)"
+        )
+    pixels = upright.convert("L" if grayscale else "RGB")
+    if image_size is not None:
+        pixels = pixels.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.array(pixels, dtype=np.uint8)
+
+
+def _pixels(image: np.ndarray) -> str:
+    return f"{image.shape[1]} x {image.shape[0]} pixels"
+
+
+# ---------------------------------------------------------------------- heart disease
+
+HEART_DISEASE_CSV = Path(__file__).parents[1] / "data" / "heart_disease.csv"
+
+_HEART_FEATURES = (
+    "age",
+    "sex_male",
+    "resting_bp",
+    "cholesterol",
+    "fasting_sugar_high",
+    "max_heart_rate",
+    "exercise_angina",
+    "st_depression",
+    "pain_atypical",
+    "pain_non_anginal",
+    "pain_none",
+    "ecg_st_t",
+    "ecg_lv_hypertrophy",
+)
+
+
+def load_heart_disease(
+    path: str | Path = HEART_DISEASE_CSV, *, complete_only: bool = True
+) -> Arrays:
+    """Load the heart-disease records of four real hospitals (Janosi et al. 1988).
+
+    complete_only: leave out rows with a missing value, as FLamby does (740 of 920 rows
+    stay); False keeps them, with NaN in x. Returns x float32 [N, 13], in the units of
+    `data/README.md`, neither scaled nor imputed: learn that inside each hospital, or
+    from federated statistics. y: 1 = narrowing of a coronary artery by more than half.
+
+    Raises FileNotFoundError for a missing file, ValueError for a bad cell, naming it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.absolute()} does not exist; pass path=, or copy heart_disease.csv "
+            "from the project's data folder (source: UCI, doi 10.24432/C52P4X)"
+        )
+    columns = ["site", *_HEART_FEATURES, "disease"]
+    # Undecodable bytes become odd letters, which the checks below report.
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
+    if header != columns:
+        raise ValueError(f"{path} has columns {header}, expected {columns}")
+    table = np.array(
+        [_heart_row(f"{path}, row {row}", line) for row, line in enumerate(lines, 2)],
+        dtype=np.float32,
+    ).reshape(-1, len(columns) - 1)
+    site = np.array([line[0] for line in lines], dtype=str)
+    complete = ~np.isnan(table).any(axis=1)
+    kept = complete if complete_only else np.ones_like(complete)
+    if not kept.any():
+        raise ValueError(
+            f"{path} has no complete row among {len(lines)}; check the file"
+        )
+    return Arrays(
+        x=np.ascontiguousarray(table[kept, :-1]),
+        y=table[kept, -1].astype(np.int64),
+        classes=("no disease", "disease"),
+        site=site[kept],
+        features=_HEART_FEATURES,
+    )
+
+
+def _heart_row(where: str, line: list[str]) -> list[float]:
+    """Features and label of one line of the table; NaN for an empty cell."""
+    if len(line) != len(_HEART_FEATURES) + 2:
+        raise ValueError(
+            f"{where}: {len(line)} cells, expected {len(_HEART_FEATURES) + 2}; is a "
+            "comma missing?"
+        )
+    site, *cells, disease = line
+    if not site.strip():
+        raise ValueError(f"{where}, column 'site': empty; name the hospital")
+    if disease not in ("0", "1"):
+        raise ValueError(f"{where}, column 'disease': {disease!r}; give 0 or 1")
+    values = []
+    for column, text in zip(_HEART_FEATURES, cells, strict=True):
+        try:
+            values.append(float(text) if text else math.nan)
+        except ValueError:
+            values.append(math.inf)
+        if math.isinf(values[-1]) or (text and math.isnan(values[-1])):
+            raise ValueError(
+                f"{where}, column {column!r}: {text!r} is not a number; leave the cell "
+                "empty if it is missing"
+            )
+    return [*values, float(disease)]

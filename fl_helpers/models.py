@@ -1,0 +1,125 @@
+"""Models of the notebooks: a small CNN, an MLP for tables, any torchvision classifier.
+
+Each function returns a plain `nn.Module` with random weights drawn from torch's
+global generator (seed it with `torch.manual_seed`). Copy this file on its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+Norm = Literal["batch", "group", "none"]
+
+
+def small_cnn(
+    num_classes: int, *, in_channels: int = 1, width: int = 8, norm: Norm = "batch"
+) -> nn.Module:
+    """Three convolutions and a linear head; about 7,500 parameters at width 8.
+
+    Input [N, in_channels, H, W] with H, W >= 16; output logits [N, num_classes].
+    norm: "batch" learns fastest here; "group" keeps no running statistics (needed for
+    differential privacy, and safer when hospitals' scanners differ). Parameters of the
+    head start with "head.", all others with "body.".
+    """
+    if width % 2:
+        raise ValueError(f"width must be even (two norm groups), got {width}")
+    body = nn.Sequential(
+        nn.Conv2d(in_channels, width, 5, stride=2, padding=2, bias=norm == "none"),
+        _norm_2d(norm, width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=norm == "none"),
+        _norm_2d(norm, 2 * width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=norm == "none"),
+        _norm_2d(norm, 4 * width),
+        nn.ReLU(),
+        # A 4 x 4 grid, not one mean: where in the chest a finding lies matters.
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+    )
+    head = nn.Linear(4 * width * 16, num_classes)
+    return nn.Sequential(OrderedDict(body=body, head=head))
+
+
+def mlp(
+    num_features: int, num_classes: int, *, hidden: Sequence[int] = (32,)
+) -> nn.Module:
+    """Fully connected network for tables; hidden=() is logistic regression.
+
+    Input [N, num_features]; output logits [N, num_classes]. No normalisation layers,
+    so every entry of the state can be averaged.
+    """
+    layers: list[nn.Module] = []
+    size = num_features
+    for units in hidden:
+        layers += [nn.Linear(size, units), nn.ReLU()]
+        size = units
+    head = nn.Linear(size, num_classes)
+    return nn.Sequential(OrderedDict(body=nn.Sequential(*layers), head=head))
+
+
+def torchvision_model(
+    name: str, num_classes: int, *, in_channels: int = 3, weights: str | None = None
+) -> nn.Module:
+    """Any classifier of torchvision.models, with its first and last layer adapted.
+
+    name: for example "resnet18". in_channels: 1 for radiographs; given weights, the
+    first kernel is the mean over its channels, so grey images see familiar filters.
+    weights: None (random) or a torchvision weights name such as "DEFAULT", which
+    downloads them. Raises ValueError for an unknown name.
+    """
+    from torchvision import models  # 1 s to import: only when asked for
+
+    if name not in models.list_models(module=models):
+        raise ValueError(
+            f"torchvision has no classifier {name!r}; one of "
+            f"{', '.join(models.list_models(module=models)[:5])}, ..."
+        )
+    model = models.get_model(name, weights=weights)
+    _replace_head(model, num_classes)
+    if in_channels != 3:
+        _replace_stem(model, in_channels)
+    return model
+
+
+def _norm_2d(norm: Norm, channels: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "group":
+        return nn.GroupNorm(2, channels)
+    if norm == "none":
+        return nn.Identity()
+    raise ValueError(f"norm must be 'batch', 'group' or 'none', got {norm!r}")
+
+
+def _replace_head(model: nn.Module, num_classes: int) -> None:
+    """Put a fresh linear layer with num_classes outputs in place of the last one."""
+    path, old = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][
+        -1
+    ]
+    model.set_submodule(path, nn.Linear(old.in_features, num_classes))
+
+
+def _replace_stem(model: nn.Module, in_channels: int) -> None:
+    """Put a convolution with in_channels inputs in place of the first one."""
+    path, old = next(
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)
+    )
+    stem = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,
+        stride=old.stride,
+        padding=old.padding,
+        bias=old.bias is not None,
+    )
+    with torch.no_grad():
+        stem.weight.copy_(old.weight.mean(1, keepdim=True).expand_as(stem.weight))
+        stem.weight.mul_(old.in_channels / in_channels)  # same scale of activations
+    model.set_submodule(path, stem)

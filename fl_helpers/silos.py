@@ -1,0 +1,231 @@
+"""Silos, and ways to divide one data set among them.
+
+A partitioner says which rows go to which silo, {silo name: row indices}; every row is
+in exactly one silo. `make_silos` turns that into tensors, with a stratified test set
+per silo. Needs only numpy and torch: copy this file on its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Partition = dict[str, np.ndarray]  # silo name -> row indices, int64
+
+
+class Examples(NamedTuple):
+    """Model inputs x [N, ...] float32 and class indices y [N] int64."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Silo:
+    """One hospital's data: what it trains on, and what it is tested on."""
+
+    name: str
+    train: Examples
+    test: Examples
+
+
+def partition_iid(y: np.ndarray, num_silos: int, *, seed: int) -> Partition:
+    """Deal the shuffled rows out in equal shares (sizes differ by at most one)."""
+    order = np.random.default_rng(seed).permutation(_check_labels(y, num_silos))
+    return _named(np.array_split(order, num_silos))
+
+
+def partition_by_quantity(
+    y: np.ndarray, shares: Sequence[float], *, seed: int
+) -> Partition:
+    """Deal the rows out in unequal shares, each class in the same proportion.
+
+    shares: one positive number per silo, relative (they need not sum to 1).
+    """
+    weights = np.asarray(shares, dtype=float)
+    if not (weights > 0).all():
+        raise ValueError(f"shares must all be > 0, got {list(shares)}")
+    _check_labels(y, len(weights))
+    rng = np.random.default_rng(seed)
+    by_class = [_split(rows, weights, rng) for rows in _rows_by_class(y)]
+    return _named([np.concatenate(parts) for parts in zip(*by_class, strict=True)])
+
+
+def partition_dirichlet(
+    y: np.ndarray,
+    num_silos: int,
+    alpha: float,
+    *,
+    seed: int,
+    min_per_class: int = 0,
+    max_draws: int = 1000,
+) -> Partition:
+    """Skew the label mix: each class is divided by shares drawn from Dirichlet(alpha).
+
+    alpha: > 0; 100 is nearly IID, 0.1 leaves most of a class in one silo (Hsu et al.
+    2019 draw a mix per silo; we divide per class, as Yurochkin et al. 2019, so that
+    every row is used). min_per_class: draw again until each silo has that many rows
+    of each class. Raises ValueError if max_draws draws do not reach it.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha must be > 0, got {alpha}; 0.1 is skewed, 100 near IID")
+    _check_labels(y, num_silos)
+    rng = np.random.default_rng(seed)
+    rows = _rows_by_class(y)
+    for _ in range(max_draws):
+        shares = rng.dirichlet([alpha] * num_silos, size=len(rows))  # [K, silos]
+        by_class = [_split(r, s, rng) for r, s in zip(rows, shares, strict=True)]
+        fewest = min(len(part) for parts in by_class for part in parts)
+        parts = [np.concatenate(parts) for parts in zip(*by_class, strict=True)]
+        if fewest >= min_per_class and min(map(len, parts)) > 0:
+            return _named(parts)
+    raise ValueError(
+        f"no draw of {max_draws} gave each of {num_silos} silos >= {max(1, min_per_class)}"
+        f" rows{' of each class' if min_per_class else ''} at alpha={alpha}; use a larger "
+        "alpha, fewer silos or a smaller min_per_class"
+    )
+
+
+def partition_by_site(site: np.ndarray) -> Partition:
+    """Keep each hospital's rows together: the natural federation. site: str [N]."""
+    if len(site) == 0:
+        raise ValueError("no rows to partition")
+    return {str(name): np.flatnonzero(site == name) for name in sorted(set(site))}
+
+
+def make_silos(
+    x: np.ndarray,
+    y: np.ndarray,
+    partition: Mapping[str, np.ndarray],
+    *,
+    test_share: float,
+    seed: int,
+) -> list[Silo]:
+    """Build the silos of a partition, each with its own stratified test set.
+
+    x: images uint8 [N, H, W] or [N, H, W, C], or a table [N, F] of numbers; y: [N]
+    class indices. test_share: share of each class in each silo that is held out, in
+    (0, 1). A silo's split is drawn from (seed, its name) alone, so it depends neither
+    on the other silos nor on their order. Returns the silos in the order of names.
+    Raises ValueError, naming the silo, if its training or test set would be empty.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must lie between 0 and 1, got {test_share}")
+    silos = []
+    for name in sorted(partition):
+        rows = partition[name]
+        whole = Examples(to_tensor(x[rows]), torch.as_tensor(y[rows], dtype=torch.long))
+        silos.append(split_silo(name, whole, test_share=test_share, seed=seed))
+    return silos
+
+
+def split_silo(name: str, examples: Examples, *, test_share: float, seed: int) -> Silo:
+    """Hold out a stratified share of one silo's examples; at least one of each side.
+
+    Also makes the validation split: pass a silo's training examples, and tune on the
+    `test` of what comes back.
+    """
+    rng = _silo_rng(seed, name)
+    train, test = [], []
+    for rows in _rows_by_class(examples.y.numpy()):
+        rows = rng.permutation(rows)
+        held_out = round(test_share * len(rows))
+        test.append(rows[:held_out])
+        train.append(rows[held_out:])
+    parts = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, test)]
+    if min(map(len, parts)) == 0:
+        raise ValueError(
+            f"silo {name!r} with {len(examples.y)} rows has {len(parts[0])} for training "
+            f"and {len(parts[1])} for testing at test_share={test_share}; give it more rows"
+        )
+    train_set, test_set = (Examples(examples.x[i], examples.y[i]) for i in parts)
+    return Silo(name, train_set, test_set)
+
+
+def pool_silos(silos: Sequence[Silo], *, name: str = "centralized") -> Silo:
+    """Put all silos' data in one place: the reference that the law forbids."""
+    train, test = (
+        Examples(torch.cat([e.x for e in part]), torch.cat([e.y for e in part]))
+        for part in ([s.train for s in silos], [s.test for s in silos])
+    )
+    return Silo(name, train, test)
+
+
+def summarize_silos(
+    silos: Sequence[Silo], classes: Sequence[str]
+) -> list[dict[str, str | int]]:
+    """Rows per silo and class, as one dict per silo (`pandas.DataFrame` shows them)."""
+    table: list[dict[str, str | int]] = []
+    for silo in silos:
+        counts = torch.bincount(silo.train.y, minlength=len(classes))
+        row: dict[str, str | int] = {"silo": silo.name}
+        row |= {"train": len(silo.train.y), "test": len(silo.test.y)}
+        row |= {c: int(n) for c, n in zip(classes, counts, strict=True)}
+        table.append(row)
+    return table
+
+
+def to_tensor(x: np.ndarray) -> Tensor:
+    """Turn images or a table into model inputs, float32.
+
+    Images uint8 [N, H, W] or [N, H, W, C] become [N, C, H, W], scaled by the same
+    constants everywhere, (pixel / 255 - 0.5) / 0.25: a mean taken over all hospitals'
+    images would already be a use of pooled data. Tables [N, F] are only converted.
+    """
+    if x.ndim == 2:
+        return torch.as_tensor(x, dtype=torch.float32)
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise ValueError(
+            f"expected uint8 images [N, H, W] or [N, H, W, C] or a table [N, F], "
+            f"got {x.dtype} {x.shape}"
+        )
+    images = torch.from_numpy(np.ascontiguousarray(x))
+    images = images.unsqueeze(1) if x.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images.float().div_(255).sub_(0.5).div_(0.25).contiguous()
+
+
+def _silo_rng(seed: int, name: str) -> np.random.Generator:
+    """Generator of one silo; crc32 and not hash(), which differs between processes."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _rows_by_class(y: np.ndarray) -> list[np.ndarray]:
+    return [np.flatnonzero(y == k) for k in np.unique(y)]
+
+
+def _split(
+    rows: np.ndarray, shares: np.ndarray, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Cut shuffled rows at the cumulative shares; nothing is lost to rounding."""
+    cuts = np.cumsum(shares / shares.sum())[:-1] * len(rows)
+    return np.split(rng.permutation(rows), cuts.round().astype(int))
+
+
+def _named(parts: Sequence[np.ndarray]) -> Partition:
+    names = [f"Hospital {silo_letter(k)}" for k in range(len(parts))]
+    return {name: np.sort(rows) for name, rows in zip(names, parts, strict=True)}
+
+
+def silo_letter(index: int) -> str:
+    """0, 1, ... as A, B, ..., Z, AA, AB, ..."""
+    letters = ""
+    index += 1
+    while index:
+        index, digit = divmod(index - 1, 26)
+        letters = chr(ord("A") + digit) + letters
+    return letters
+
+
+def _check_labels(y: np.ndarray, num_silos: int) -> int:
+    """Number of rows, after checking that they can be divided among the silos."""
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y must be class indices [N], got {y.dtype} {y.shape}")
+    if not 1 <= num_silos <= len(y):
+        raise ValueError(f"cannot divide {len(y)} rows among {num_silos} silos")
+    return len(y)

@@ -1,0 +1,377 @@
+"""The round loop of a federation, simulated in one process.
+
+Each round: send the global model to the silos that take part, let each train, reduce
+their updates to the next global model (McMahan et al. 2017, Algorithm 1). What a silo
+does and how updates are reduced are functions that you pass in. Needs torch and tqdm:
+copy this file on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Params = dict[str, Tensor]
+Metrics = dict[str, float]
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class SiloLike(Protocol):
+    """What the round loop needs of a silo: a name that no other silo has."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class ClientUpdate(Protocol):
+    """Local training: gets the global params (not to be modified), returns an update
+    with .silo, .params, .num_examples and .metrics."""
+
+    def __call__(
+        self, params: Params, silo: Any, *, round_index: int, rng: torch.Generator
+    ) -> Any: ...
+
+
+@dataclass
+class History:
+    """What happened: the final params and one record per round.
+
+    A record holds round (from 0), silos (names that took part), train and test
+    ({silo: {metric: value}}), bytes_down and bytes_up (all silos together), seconds.
+    """
+
+    params: Params
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def per_silo(self, metric: str) -> dict[str, list[float]]:
+        """One value per evaluated round and silo: {silo: [value, ...]}."""
+        tested = [record["test"] for record in self.rounds if record["test"]]
+        names = tested[-1] if tested else {}
+        return {name: [test[name][metric] for test in tested] for name in names}
+
+    def mean(self, metric: str) -> list[float]:
+        """Mean over silos, each counted once, per evaluated round."""
+        curves = self.per_silo(metric).values()
+        return [sum(values) / len(values) for values in zip(*curves, strict=True)]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes in both directions, all rounds and silos."""
+        return sum(r["bytes_down"] + r["bytes_up"] for r in self.rounds)
+
+
+def run_rounds(
+    params: Params,
+    silos: Sequence[SiloLike],
+    client_update: ClientUpdate,
+    aggregate: Callable[[Iterable[Any]], Params],
+    *,
+    rounds: int,
+    seed: int,
+    evaluate: Callable[[Params, Any], Metrics] | None = None,
+    evaluate_every: int = 1,
+    silos_per_round: int | None = None,
+    workers: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 1,
+    on_round: Callable[[dict[str, Any], Params], None] | None = None,
+    progress: bool = True,
+) -> History:
+    """Train one global model for a number of rounds.
+
+    params: initial global model, not modified. silos: reduced in the order of their
+    names, whatever order they are given in. client_update(params, silo, round_index=,
+    rng=) runs inside a silo; rng depends on (seed, silo name, round) only.
+    aggregate(updates) gets an iterator; at most 2 * workers updates exist at a time.
+    evaluate(params, silo): metrics of the global model on the silo's own test set,
+    every `evaluate_every` rounds and after the last. silos_per_round: how many silos
+    are drawn for each round; None is all.
+
+    workers: silos that train at the same time, each in a thread with one intra-op
+    thread; None leaves it to `default_workers`. The result is the same for any number.
+    checkpoint: a file, written every `checkpoint_every` rounds; if it exists, the run
+    goes on from it and ends with the same bits as one that was never interrupted.
+    on_round(record, params) is called after each round. progress: show a bar with the
+    round, time left, and the mean balanced accuracy or training loss.
+    """
+    silos = sorted(silos, key=lambda silo: silo.name)
+    _check_run(silos, rounds, silos_per_round, evaluate_every, checkpoint_every)
+    history = History({name: value.detach().clone() for name, value in params.items()})
+    run_id = {"seed": seed, "silos": [silo.name for silo in silos]}
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = _load_checkpoint(Path(checkpoint), run_id)
+    done = len(history.rounds)
+    workers = workers or default_workers(params, silos_per_round or len(silos))
+    with _worker_pool(workers) as pool, _bar(rounds, done, progress) as bar:
+        for round_index in range(done, rounds):
+            started = time.perf_counter()
+            chosen = _sample(silos, silos_per_round, seed, round_index)
+            record = _play_round(
+                history, chosen, client_update, aggregate, seed, round_index, pool
+            )
+            last = round_index == rounds - 1
+            if evaluate and (last or (round_index + 1) % evaluate_every == 0):
+                tests = pool.map(lambda silo: evaluate(history.params, silo), silos)
+                record["test"] = {s.name: t for s, t in zip(silos, tests, strict=True)}
+            record["seconds"] = time.perf_counter() - started
+            history.rounds.append(record)
+            if checkpoint and (last or (round_index + 1) % checkpoint_every == 0):
+                _save_checkpoint(Path(checkpoint), run_id, history)
+            if on_round:
+                on_round(record, history.params)
+            _advance(bar, history)
+    return history
+
+
+def run_alone(
+    params: Params,
+    silos: Sequence[SiloLike],
+    client_update: ClientUpdate,
+    *,
+    rounds: int,
+    seed: int,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Params]:
+    """Train one model per silo without any exchange: the reference for a federation.
+
+    Each silo starts from params and does what it would do in `run_rounds`, with the
+    same random draws, but goes on from its own result instead of the average. Returns
+    {silo name: its final params}. Arguments as in `run_rounds`.
+    """
+    silos = sorted(silos, key=lambda silo: silo.name)
+    _check_run(silos, rounds, None, 1, 1)
+
+    def train(silo: SiloLike) -> Params:
+        own = params
+        for round_index in range(rounds):
+            rng = silo_rng(seed, silo.name, round_index)
+            own = client_update(own, silo, round_index=round_index, rng=rng).params
+        return own
+
+    with _worker_pool(workers or default_workers(params, len(silos))) as pool:
+        with _bar(len(silos), 0, progress, unit="silo") as bar:
+            result = {}
+            for silo, own in zip(silos, pool.map(train, silos), strict=True):
+                result[silo.name] = own
+                bar.update()
+    return result
+
+
+def silo_rng(seed: int, silo: str, round_index: int) -> torch.Generator:
+    """The generator of one silo in one round: the same on every engine.
+
+    It depends on its arguments only (through a hash), never on what ran before.
+    """
+    return torch.Generator().manual_seed(_derived_seed(seed, silo, round_index))
+
+
+def state_bytes(params: Params) -> int:
+    """Bytes of a model's state, as it crosses the wire uncompressed."""
+    return sum(value.nbytes for value in params.values())
+
+
+def default_workers(params: Params, num_silos: int) -> int:
+    """How many silos to train at the same time on this machine.
+
+    Convolutions and large matrices leave the interpreter lock, so threads pay; steps
+    of a small network without them are mostly Python, and threads only slow them down.
+    Tensors that are not on the CPU are left to one worker.
+    """
+    if any(value.device.type != "cpu" for value in params.values()):
+        return 1
+    heavy = any(v.dim() >= 4 or v.numel() >= 200_000 for v in params.values())
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: respects containers
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(num_silos, cores) if heavy else 1
+
+
+def _play_round(
+    history: History,
+    chosen: Sequence[SiloLike],
+    client_update: ClientUpdate,
+    aggregate: Callable[[Iterable[Any]], Params],
+    seed: int,
+    round_index: int,
+    pool: _Pool,
+) -> dict[str, Any]:
+    """Scatter, train, gather: sets history.params and returns the round's record."""
+    before = history.params
+    record: dict[str, Any] = {
+        "round": round_index,
+        "silos": [silo.name for silo in chosen],
+        "train": {},
+        "test": {},
+        "bytes_down": state_bytes(before) * len(chosen),
+        "bytes_up": 0,
+    }
+
+    def train(silo: SiloLike) -> Any:
+        rng = silo_rng(seed, silo.name, round_index)
+        return client_update(before, silo, round_index=round_index, rng=rng)
+
+    def received() -> Iterator[Any]:
+        for update in pool.map(train, chosen):
+            record["train"][update.silo] = dict(update.metrics)
+            record["bytes_up"] += state_bytes(update.params)
+            yield update
+
+    history.params = aggregate(received())
+    return record
+
+
+def _derived_seed(*parts: int | str) -> int:
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def _sample(
+    silos: list[SiloLike], how_many: int | None, seed: int, round_index: int
+) -> list[SiloLike]:
+    """The silos of one round, in order of names, drawn without replacement."""
+    if how_many is None or how_many == len(silos):
+        return silos
+    rng = torch.Generator().manual_seed(_derived_seed(seed, "sampling", round_index))
+    drawn = torch.randperm(len(silos), generator=rng)[:how_many]
+    return [silos[i] for i in sorted(drawn.tolist())]
+
+
+class _Pool:
+    """Maps a function over silos in threads; results come in order, a few at a time."""
+
+    def __init__(self, executor: Executor | None, workers: int) -> None:
+        self._executor, self._ahead = executor, 2 * workers
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+        if self._executor is None:
+            yield from map(function, items)
+            return
+        running: deque[Any] = deque()
+        for item in items:
+            running.append(self._executor.submit(function, item))
+            if len(running) == self._ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+@contextmanager
+def _worker_pool(workers: int) -> Iterator[_Pool]:
+    """Threads for the silos, with torch held to one thread in each, restored after.
+
+    One intra-op thread per silo: more would wait for each other on a busy machine, and
+    the number of threads changes the order of additions, so the last bits.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    executor = None
+    if workers > 1:
+        executor = ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(1,)
+        )
+    try:
+        yield _Pool(executor, workers)
+    finally:
+        if executor:
+            executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _save_checkpoint(path: Path, run_id: dict[str, Any], history: History) -> None:
+    """Write to a temporary file and rename it: a crash leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    content = {"run": run_id, "params": history.params, "rounds": history.rounds}
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _load_checkpoint(path: Path, run_id: dict[str, Any]) -> History:
+    try:  # our own file; weights_only: tensors and plain values, no code is run
+        content = torch.load(path, weights_only=True)
+        found, history = content["run"], History(content["params"], content["rounds"])
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of run_rounds ({error}); name another file, or "
+            "delete it to start from the first round"
+        ) from error
+    if found != run_id:
+        raise ValueError(
+            f"{path} belongs to another run: {found}, this one is {run_id}; name another "
+            "file, or delete it to start from the first round"
+        )
+    return history
+
+
+def _bar(total: int, done: int, show: bool, unit: str = "round") -> tqdm:
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        disable=not show,
+        leave=False,
+        file=sys.stdout,
+        dynamic_ncols=True,
+    )
+
+
+def _advance(bar: tqdm, history: History) -> None:
+    record = history.rounds[-1]
+    tested = [
+        m["balanced_accuracy"]
+        for m in record["test"].values()
+        if "balanced_accuracy" in m
+    ]
+    losses = [m["train_loss"] for m in record["train"].values() if "train_loss" in m]
+    if tested:
+        bar.set_postfix_str(
+            f"balanced accuracy {100 * sum(tested) / len(tested):.1f} %"
+        )
+    elif losses:
+        bar.set_postfix_str(f"training loss {sum(losses) / len(losses):.3f}")
+    bar.update()
+
+
+def _check_run(
+    silos: Sequence[SiloLike],
+    rounds: int,
+    silos_per_round: int | None,
+    evaluate_every: int,
+    checkpoint_every: int,
+) -> None:
+    names = [silo.name for silo in silos]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice:
+        raise ValueError(
+            f"silo names used twice: {twice}; give each silo its own name"
+            if twice
+            else "no silos to train on"
+        )
+    if silos_per_round is not None and not 1 <= silos_per_round <= len(names):
+        raise ValueError(
+            f"silos_per_round must be 1 to {len(names)} (all), got {silos_per_round}"
+        )
+    for label, value in (
+        ("rounds", rounds),
+        ("evaluate_every", evaluate_every),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        if value < 1:
+            raise ValueError(f"{label} must be >= 1, got {value}")

@@ -1,0 +1,241 @@
+"""Training and evaluation inside one silo; knows nothing of federations or engines.
+
+In: a torch model and a silo's tensors. Out: an update (parameters after local
+training) or metrics. Needs only torch: copy this file on its own.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SiloLike(Protocol):
+    """What training needs of a silo: its name and its training examples (x, y)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def train(self) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a silo sends after local training.
+
+    silo: the silo's name. params: the model's whole state_dict after training, on
+    the CPU. num_examples: training examples (not batches). metrics: plain numbers.
+    """
+
+    silo: str
+    params: dict[str, Tensor]
+    num_examples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train_locally(
+    model: nn.Module,
+    silo: SiloLike,
+    *,
+    epochs: float,
+    lr: float,
+    batch_size: int,
+    rng: torch.Generator,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    proximal_mu: float = 0.0,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    device: str | torch.device = "cpu",
+) -> Update:
+    """Run `epochs` passes of minibatch SGD on the silo's training examples.
+
+    model: changed in place; it holds the parameters to start from.
+    silo.train: x [N, ...] float, y [N] class indices. epochs: may be a fraction.
+    rng: CPU generator, the only source of randomness (order of examples, dropout).
+    proximal_mu: weight of the FedProx term mu/2 * |w - w_start|^2 (Li et al. 2020,
+    eq. 2); 0 is plain SGD. loss_fn(logits, y): mean loss of a batch, per example.
+
+    Each epoch takes N // batch_size steps of exactly batch_size examples (one step
+    with all of them if N is smaller); the rest is left out of that epoch, as with
+    DataLoader(drop_last=True). Returns an Update whose params are copies; metrics
+    are `train_loss` (mean over steps) and `steps`.
+    Raises ValueError for empty or mismatched data, FloatingPointError on divergence.
+    """
+    x, y = silo.train
+    _check_inputs(silo.name, x, y, epochs, lr, batch_size)
+    x, y = x.to(device), y.to(device)
+    model.to(device).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [w.detach().clone() for w in weights] if proximal_mu else []
+    optimizer = torch.optim.SGD(
+        weights, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    steps = num_steps(len(x), epochs=epochs, batch_size=batch_size)
+    total_loss = torch.zeros((), device=device)
+    with _seeded_dropout(model, rng):
+        for batch in _batches(len(x), batch_size, steps, rng):
+            batch = batch.to(device)
+            loss = loss_fn(model(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            if proximal_mu:
+                _add_proximal_gradient(weights, start, proximal_mu)
+            optimizer.step()
+            total_loss += loss.detach()  # stays on the device: no wait per step
+    mean_loss = total_loss.item() / steps
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(
+            f"training diverged in silo {silo.name!r}: mean loss {mean_loss} after "
+            f"{steps} steps with lr={lr}; try a smaller lr, or look for NaN in the data"
+        )
+    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    metrics = {"train_loss": mean_loss, "steps": float(steps)}
+    return Update(silo.name, params, len(x), metrics)
+
+
+def num_steps(num_examples: int, *, epochs: float, batch_size: int) -> int:
+    """Count the SGD steps that `train_locally` takes; at least one."""
+    return max(1, round(epochs * max(1, num_examples // batch_size)))
+
+
+def cosine_lr(lr: float, round_index: int, rounds: int) -> float:
+    """Decay the learning rate over rounds: lr at round 0, near 0 at the last one.
+
+    Half a cosine (Loshchilov and Hutter 2017, eq. 5, without restarts), constant
+    within a round, so that every engine and every silo uses the same value.
+    """
+    return lr * 0.5 * (1 + math.cos(math.pi * round_index / rounds))
+
+
+def evaluate(
+    model: nn.Module,
+    examples: tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 1024,
+    loss_fn: Callable[..., Tensor] = F.cross_entropy,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """Measure a classifier on examples it was not trained on.
+
+    examples: x [N, ...], y [N] class indices; model(x) gives logits [N, K].
+    Returns loss (per example), accuracy, balanced_accuracy (mean sensitivity of the
+    classes present), auroc (K = 2: class 1 against 0; else mean of one-vs-rest), and
+    sensitivity_k, specificity_k for each class k; shares are in [0, 1], and a value
+    that is not defined (class absent) is NaN. Parameters and mode are left as found.
+    """
+    x, y = examples
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"cannot evaluate {len(x)} inputs with {len(y)} labels")
+    was_training = model.training
+    model.to(device).eval()
+    try:
+        with torch.inference_mode():
+            logits = torch.cat([model(part.to(device)) for part in x.split(batch_size)])
+    finally:
+        model.train(was_training)
+    logits, y = logits.cpu().float(), y.cpu()
+    scores = {"loss": loss_fn(logits, y, reduction="mean").item()}
+    return scores | classification_metrics(logits.softmax(dim=1), y)
+
+
+def classification_metrics(probabilities: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy, balanced accuracy, AUROC and per-class rates from class probabilities.
+
+    probabilities: [N, K]; y: [N] class indices. See `evaluate` for the names.
+    """
+    num_classes = probabilities.shape[1]
+    pairs = y * num_classes + probabilities.argmax(dim=1)
+    confusion = torch.bincount(pairs, minlength=num_classes**2).double()
+    confusion = confusion.view(num_classes, num_classes)  # rows: true, columns: said
+    hits, actual, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    sensitivity = hits / actual  # NaN where the class is absent
+    specificity = 1 - (said - hits) / (len(y) - actual)
+    one_vs_rest = range(1, 2) if num_classes == 2 else range(num_classes)
+    aucs = torch.tensor([_auroc(probabilities[:, k], y == k) for k in one_vs_rest])
+    metrics = {
+        "accuracy": hits.sum().item() / len(y),
+        "balanced_accuracy": sensitivity.nanmean().item(),
+        "auroc": aucs.nanmean().item(),
+    }
+    for k in range(num_classes):
+        metrics[f"sensitivity_{k}"] = sensitivity[k].item()
+        metrics[f"specificity_{k}"] = specificity[k].item()
+    return metrics
+
+
+def _auroc(score: Tensor, positive: Tensor) -> float:
+    """Chance that a positive scores above a negative, ties counted half."""
+    num_positive = int(positive.sum())
+    num_negative = len(positive) - num_positive
+    if num_positive == 0 or num_negative == 0:
+        return float("nan")
+    _, level, count = score.unique(return_inverse=True, return_counts=True)
+    mean_rank = (count.cumsum(0) - (count - 1) / 2).double()  # [levels], from 1
+    rank_sum = mean_rank[level][positive].sum().item()
+    above = rank_sum - num_positive * (num_positive + 1) / 2
+    return above / (num_positive * num_negative)
+
+
+def _batches(
+    n: int, batch_size: int, steps: int, rng: torch.Generator
+) -> Iterator[Tensor]:
+    """Index tensors for `steps` batches, reshuffled whenever an epoch is used up."""
+    per_epoch = max(1, n // batch_size)
+    for step in range(steps):
+        position = step % per_epoch
+        if position == 0:
+            order = torch.randperm(n, generator=rng)
+        yield order[position * batch_size : (position + 1) * batch_size]
+
+
+def _add_proximal_gradient(
+    weights: list[nn.Parameter], start: list[Tensor], mu: float
+) -> None:
+    """Add the gradient of mu/2 * |w - w_start|^2, which is mu * (w - w_start)."""
+    with torch.no_grad():
+        for weight, anchor in zip(weights, start, strict=True):
+            if weight.grad is not None:
+                weight.grad.add_(weight - anchor, alpha=mu)
+
+
+_global_rng = threading.Lock()
+
+
+@contextmanager
+def _seeded_dropout(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
+    """Make dropout draw from `rng`: it can only use torch's global generator.
+
+    That generator belongs to the whole process, so silos with such a model take turns.
+    """
+    draws = any(
+        isinstance(rate := getattr(module, name, 0), float) and rate > 0
+        for module in model.modules()
+        for name in ("p", "dropout")
+    )
+    if not draws:
+        yield
+        return
+    with _global_rng, torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        yield
+
+
+def _check_inputs(
+    name: str, x: Tensor, y: Tensor, epochs: float, lr: float, batch_size: int
+) -> None:
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(
+            f"silo {name!r} has {len(x)} inputs and {len(y)} labels; "
+            "give it the same number of both, at least one"
+        )
+    for label, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
+        if not value > 0:
+            raise ValueError(f"{label} must be > 0, got {value} (silo {name!r})")
