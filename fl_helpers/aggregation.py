@@ -115,6 +115,7 @@ def _check_finite(silo: str, name: str, value: Tensor) -> None:
     bad = int((~value.isfinite()).sum())
     if bad:
         raise ValueError(
-            f"silo {silo!r} sent {bad} NaN or infinite values in {name!r}; its training "
-            "diverged or its file is damaged: leave it out and look at its training loss"
+            f"silo {silo!r} sent {bad} NaN or infinite values in {name!r}; its "
+            "training diverged or its file is damaged: leave it out and look at its "
+            "training loss"
         )

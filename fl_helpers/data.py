@@ -79,17 +79,18 @@ def _check_inputs(x: np.ndarray, features: tuple[str, ...]) -> None:
     if is_table and np.isinf(x).any():
         row, column = np.argwhere(np.isinf(x))[0]
         raise ValueError(
-            f"x is infinite in row {row}, column {features[column]!r}; use NaN if missing"
+            f"x is infinite in row {row}, column {features[column]!r}; use NaN if it "
+            "is missing"
         )
 
 
 def drop_duplicates(arrays: Arrays) -> Arrays:
     """Keep one copy of each distinct row of x; returns new arrays in the same order.
 
-    Rows are equal if every byte is; labels and hospitals are not compared. Of equal rows
-    with one label the first stays. Of equal rows with different labels none stays: we
-    cannot know which label is right. Do this before dividing rows among hospitals, or
-    the same image may be trained on in one and tested in another.
+    Rows are equal if every byte is; hospitals are not compared. Of equal rows with one
+    label the first stays. Of equal rows with different labels none stays: we cannot
+    know which label is right. Do this before dividing images among hospitals, or one
+    image may be in the training set here and in the test set there.
     """
     labels: dict[bytes, set[int]] = {}
     first: dict[bytes, int] = {}
@@ -112,13 +113,14 @@ _ORGANS = (
     "lung-left | lung-right | pancreas | spleen"
 )
 _MEDMNIST_CLASSES = {
-    "pathmnist": "adipose | background | debris | lymphocytes | mucus | smooth muscle | "
-    "normal colon mucosa | cancer-associated stroma | "
+    "pathmnist": "adipose | background | debris | lymphocytes | mucus | "
+    "smooth muscle | normal colon mucosa | cancer-associated stroma | "
     "colorectal adenocarcinoma epithelium",
     "dermamnist": "actinic keratoses and intraepithelial carcinoma | "
-    "basal cell carcinoma | benign keratosis-like lesions | dermatofibroma | melanoma | "
-    "melanocytic nevi | vascular lesions",
-    "octmnist": "choroidal neovascularization | diabetic macular edema | drusen | normal",
+    "basal cell carcinoma | benign keratosis-like lesions | dermatofibroma | "
+    "melanoma | melanocytic nevi | vascular lesions",
+    "octmnist": "choroidal neovascularization | diabetic macular edema | drusen | "
+    "normal",
     "pneumoniamnist": "normal | pneumonia",
     "retinamnist": "grade 0 | grade 1 | grade 2 | grade 3 | grade 4",
     "breastmnist": "malignant | normal, benign",
@@ -138,8 +140,9 @@ _MEDMNIST_MD5 = {  # in the order of _MEDMNIST_SIZES, from medmnist 3.0.2
     "2defd784463fa5243564e855ed717de1 8974907d8e169bef5f5b96bc506ae45d",
     "octmnist": "c68d92d5b585d8d81f7112f81e2d0842 e229e9440236b774d9f0dfef9d07bdaf "
     "0a97e76651ace45c5d943ee3f65b63ae abc493b6d529d5de7569faaef2773ba3",
-    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f 8f4eceb4ccffa70c672198ea285246c6 "
-    "05b46931834c231683c68f40c47b2971 d6a3c71de1b945ea11211b03746c1fe1",
+    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f "
+    "8f4eceb4ccffa70c672198ea285246c6 05b46931834c231683c68f40c47b2971 "
+    "d6a3c71de1b945ea11211b03746c1fe1",
     "retinamnist": "bd4c0672f1bba3e3a89f0e4e876791e4 afda852cc34dcda56f86ad2b2457dbcc "
     "e48e916a24454daf90583d4e6efb1a18 eae7e3b6f3fcbda4ae613ebdcbe35348",
     "breastmnist": "750601b1f35ba3300ea97c75c52ff8f6 742edef2a1fd1524b2efff4bd7ba9364 "
@@ -170,11 +173,7 @@ _NPZ_ERRORS = (  # raised by np.load for empty, cut, altered or other kinds of f
 
 
 def load_medmnist(
-    name: str,
-    root: str | Path = "data/cache",
-    *,
-    size: int = 28,
-    download: bool = True,
+    name: str, root: str | Path = "data/cache", *, size: int = 28, download: bool = True
 ) -> Arrays:
     """Load a 2-D MedMNIST v2 set, e.g. "pneumoniamnist" (Yang et al. 2023).
 
@@ -184,32 +183,34 @@ def load_medmnist(
     says so and it is used. size: pixels, 28, 64, 128 or 224.
 
     Returns all images, training, validation and test rows in this order: hospitals are
-    made by dividing them anew. Raises FileNotFoundError if the file can be neither found
-    nor downloaded, ValueError if it is damaged or not of this set.
+    made by dividing them anew. Raises FileNotFoundError if the file is neither there
+    nor downloadable, and ValueError if it is damaged or of another set.
     """
     classes = _medmnist_classes(name)
     if size not in _MEDMNIST_SIZES:
         raise ValueError(f"size must be one of {_MEDMNIST_SIZES}, got {size}")
     path = Path(root)
+    file_name = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
+    url = _MEDMNIST_URL.format(file_name)
     if path.suffix != ".npz":
-        path = path / (f"{name}.npz" if size == 28 else f"{name}_{size}.npz")
+        path = path / file_name
         md5 = _MEDMNIST_MD5[name].split()[_MEDMNIST_SIZES.index(size)]
         if path.is_file():
             _warn_if_altered(path, md5)
         elif download:
-            _download(_MEDMNIST_URL.format(path.name), path, md5)
+            _download(url, path, md5)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path.absolute()} does not exist; save "
-            f"{_MEDMNIST_URL.format(path.name)} there, or pass a folder and download=True"
+            f"{path.absolute()} does not exist; save {url} there, or pass a folder and "
+            "download=True"
         )
-    images, labels = _read_medmnist(path, size)
-    if labels.min() < 0 or labels.max() >= len(classes):
+    x, y = _read_medmnist(path, size)
+    if y.min() < 0 or y.max() >= len(classes):
+        found = f"{path} has labels {y.min()}..{y.max()}"
         raise ValueError(
-            f"{path} has labels {labels.min()}..{labels.max()} but {name} has "
-            f"{len(classes)} classes; is it the file of another set?"
+            f"{found}, but {name} has {len(classes)} classes: another set?"
         )
-    return Arrays(images, labels, classes)
+    return Arrays(x, y, classes)
 
 
 def _medmnist_classes(name: str) -> tuple[str, ...]:
@@ -251,8 +252,8 @@ def _download(url: str, path: Path, md5: str) -> None:
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"{path.absolute()} does not exist and {url} could not be downloaded with "
-            f"MD5 {md5} ({error}). Save it there from a machine with a network, or pass "
-            "root=<the .npz file>"
+            f"MD5 {md5} ({error}). Fetch it on a machine with a network and save it "
+            "there, or pass root=<the .npz file>"
         ) from error
 
 
@@ -260,13 +261,14 @@ def _read_medmnist(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, size, size(, 3)] and labels int64 [N] of all three splits."""
     keys = [f"{s}_{part}" for part in ("images", "labels") for s in _SPLITS]
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because np.load leaves a broken file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             found = archive.files
             arrays = [archive[key] for key in keys if key in found]
     except _NPZ_ERRORS as error:
         raise ValueError(
-            f"{path} is damaged or not an .npz file of plain arrays ({error}); delete it "
-            "to download it anew"
+            f"{path} is damaged or not an .npz file of plain arrays ({error}); delete "
+            "it to download it anew"
         ) from error
     if len(arrays) < len(keys):
         raise ValueError(f"{path} has arrays {found}; a MedMNIST file has {keys}")
@@ -287,13 +289,13 @@ def _check_split(
     where = f"{path}: {split}_"
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (3,)):
         raise ValueError(
-            f"{where}images must be uint8 [N, {size}, {size}] or [N, {size}, {size}, 3], "
-            f"got {x.dtype} {list(x.shape)}"
+            f"{where}images must be uint8 [N, {size}, {size}] or "
+            f"[N, {size}, {size}, 3], got {x.dtype} {list(x.shape)}"
         )
     if x.shape[1:3] != (size, size):
         raise ValueError(
-            f"{where}images are {x.shape[1]} x {x.shape[2]} pixels, not {size} x {size}; "
-            f"pass size={x.shape[1]} or the right file"
+            f"{where}images are {x.shape[1]} x {x.shape[2]} pixels, not {size} x "
+            f"{size}; pass size={x.shape[1]} or the right file"
         )
     if y.dtype.kind not in "iu" or y.shape not in ((len(x),), (len(x), 1)):
         raise ValueError(
@@ -324,7 +326,8 @@ def load_image_folder(
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root.absolute()} is not a folder; expected <hospital>/<class>/*.png in it"
+            f"{root.absolute()} is not a folder; pass the one that holds "
+            "<hospital>/<class>/*.png"
         )
     listed = list(_list_images(root))
     classes = sorted({path.parent.name for path in listed})
@@ -408,8 +411,8 @@ def _read_image(path: Path, image_size: int | None, grayscale: bool) -> np.ndarr
         ) from error
     if frames > 1 or mode[0] in "IF":
         raise ValueError(
-            f"{path} has {frames} frame(s) of mode {mode}; save one 8-bit image per file "
-            "(for 16-bit radiographs, choose the grey-level window yourself)"
+            f"{path} has {frames} frame(s) of mode {mode}; save one 8-bit image per "
+            "file (for 16-bit radiographs, choose the grey-level window yourself)"
         )
     pixels = upright.convert("L" if grayscale else "RGB")
     if image_size is not None:
@@ -423,7 +426,9 @@ def _pixels(image: np.ndarray) -> str:
 
 # ---------------------------------------------------------------------- heart disease
 
-HEART_DISEASE_CSV = Path(__file__).parents[1] / "data" / "heart_disease.csv"
+HEART_DISEASE_CSV = (
+    Path(__file__).resolve().parent.parent / "data" / "heart_disease.csv"
+)
 
 _HEART_FEATURES = (
     "age",
@@ -450,40 +455,42 @@ def load_heart_disease(
     complete_only: leave out rows with a missing value, as FLamby does (740 of 920 rows
     stay); False keeps them, with NaN in x. Returns x float32 [N, 13], in the units of
     `data/README.md`, neither scaled nor imputed: learn that inside each hospital, or
-    from federated statistics. y: 1 = narrowing of a coronary artery by more than half.
+    from federated statistics. y: 1 = a coronary artery narrowed by more than half.
 
     Raises FileNotFoundError for a missing file, ValueError for a bad cell, naming it.
     """
-    path = Path(path)
+    site, table = _read_heart_table(Path(path))
+    if complete_only:
+        complete = ~np.isnan(table).any(axis=1)
+        if not complete.any():
+            raise ValueError(f"{path}: none of {len(table)} rows is complete; check it")
+        site, table = site[complete], table[complete]
+    return Arrays(
+        x=np.ascontiguousarray(table[:, :-1]),
+        y=table[:, -1].astype(np.int64),
+        classes=("no disease", "disease"),
+        site=site,
+        features=_HEART_FEATURES,
+    )
+
+
+def _read_heart_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Hospitals [N], and features and label float32 [N, 14]."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.absolute()} does not exist; pass path=, or copy heart_disease.csv "
             "from the project's data folder (source: UCI, doi 10.24432/C52P4X)"
         )
-    columns = ["site", *_HEART_FEATURES, "disease"]
     # Undecodable bytes become odd letters, which the checks below report.
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         header, *lines = list(csv.reader(file)) or [[]]
+    columns = ["site", *_HEART_FEATURES, "disease"]
     if header != columns:
         raise ValueError(f"{path} has columns {header}, expected {columns}")
-    table = np.array(
-        [_heart_row(f"{path}, row {row}", line) for row, line in enumerate(lines, 2)],
-        dtype=np.float32,
-    ).reshape(-1, len(columns) - 1)
-    site = np.array([line[0] for line in lines], dtype=str)
-    complete = ~np.isnan(table).any(axis=1)
-    kept = complete if complete_only else np.ones_like(complete)
-    if not kept.any():
-        raise ValueError(
-            f"{path} has no complete row among {len(lines)}; check the file"
-        )
-    return Arrays(
-        x=np.ascontiguousarray(table[kept, :-1]),
-        y=table[kept, -1].astype(np.int64),
-        classes=("no disease", "disease"),
-        site=site[kept],
-        features=_HEART_FEATURES,
-    )
+    if not lines:
+        raise ValueError(f"{path} has no rows below its header; copy the file anew")
+    rows = [_heart_row(f"{path}, row {n}", line) for n, line in enumerate(lines, 2)]
+    return np.array([line[0] for line in lines]), np.array(rows, np.float32)
 
 
 def _heart_row(where: str, line: list[str]) -> list[float]:

@@ -42,19 +42,29 @@ def partition_iid(y: np.ndarray, num_silos: int, *, seed: int) -> Partition:
 
 
 def partition_by_quantity(
-    y: np.ndarray, shares: Sequence[float], *, seed: int
+    y: np.ndarray,
+    shares: Sequence[float],
+    *,
+    seed: int,
+    num_rows: int | None = None,
 ) -> Partition:
     """Deal the rows out in unequal shares, each class in the same proportion.
 
-    shares: one positive number per silo, relative (they need not sum to 1).
+    shares: one positive number per silo, relative (they need not sum to 1). num_rows:
+    deal out only so many rows, drawn at random, and leave the others to nobody.
     """
     weights = np.asarray(shares, dtype=float)
     if not (weights > 0).all():
         raise ValueError(f"shares must all be > 0, got {list(shares)}")
-    _check_labels(y, len(weights))
+    unused = _check_labels(y, len(weights)) - (num_rows or len(y))
+    if unused < 0:
+        raise ValueError(f"num_rows={num_rows}, but there are only {len(y)} rows")
+    if unused:  # one more share, that nobody gets
+        weights = np.append(weights * num_rows / weights.sum(), unused)
     rng = np.random.default_rng(seed)
     by_class = [_split(rows, weights, rng) for rows in _rows_by_class(y)]
-    return _named([np.concatenate(parts) for parts in zip(*by_class, strict=True)])
+    parts = [np.concatenate(parts) for parts in zip(*by_class, strict=True)]
+    return _named(parts[: len(shares)])
 
 
 def partition_dirichlet(
@@ -86,9 +96,9 @@ def partition_dirichlet(
         if fewest >= min_per_class and min(map(len, parts)) > 0:
             return _named(parts)
     raise ValueError(
-        f"no draw of {max_draws} gave each of {num_silos} silos >= {max(1, min_per_class)}"
-        f" rows{' of each class' if min_per_class else ''} at alpha={alpha}; use a larger "
-        "alpha, fewer silos or a smaller min_per_class"
+        f"none of {max_draws} draws at alpha={alpha} gave each of {num_silos} silos a "
+        f"row and {min_per_class} of each class; use a larger alpha, fewer silos or a "
+        "smaller min_per_class"
     )
 
 
@@ -141,8 +151,9 @@ def split_silo(name: str, examples: Examples, *, test_share: float, seed: int) -
     parts = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, test)]
     if min(map(len, parts)) == 0:
         raise ValueError(
-            f"silo {name!r} with {len(examples.y)} rows has {len(parts[0])} for training "
-            f"and {len(parts[1])} for testing at test_share={test_share}; give it more rows"
+            f"silo {name!r} with {len(examples.y)} rows has {len(parts[0])} for "
+            f"training and {len(parts[1])} for testing at test_share={test_share}; "
+            "give it more rows"
         )
     train_set, test_set = (Examples(examples.x[i], examples.y[i]) for i in parts)
     return Silo(name, train_set, test_set)

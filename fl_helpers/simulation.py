@@ -309,13 +309,13 @@ def _load_checkpoint(path: Path, run_id: dict[str, Any]) -> History:
         found, history = content["run"], History(content["params"], content["rounds"])
     except Exception as error:
         raise ValueError(
-            f"{path} is not a checkpoint of run_rounds ({error}); name another file, or "
-            "delete it to start from the first round"
+            f"{path} is not a checkpoint of run_rounds ({error}); name another file, "
+            "or delete it to start from the first round"
         ) from error
     if found != run_id:
         raise ValueError(
-            f"{path} belongs to another run: {found}, this one is {run_id}; name another "
-            "file, or delete it to start from the first round"
+            f"{path} belongs to another run: {found}, this one is {run_id}; name "
+            "another file, or delete it to start from the first round"
         )
     return history
 

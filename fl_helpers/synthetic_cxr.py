@@ -1,9 +1,9 @@
 """Procedural chest radiographs of any number of hospitals, with one difficulty knob.
 
-No patient is behind these images. Every hospital has its own scanner (tone, blur, noise,
-field of view, burned-in marker), its own class mix and its own size, so the data show
-the ways in which real hospitals differ. Needs only numpy and torch: copy this file on
-its own.
+No patient is behind these images. Every hospital has its own scanner (tone, blur,
+noise, field of view, burned-in marker), its own class mix and its own size, so the data
+show the ways in which real hospitals differ. Needs only numpy and torch: copy this file
+on its own.
 
 Coordinates: u runs to the right and v down, -1..1 across the image, in the patient's
 frame. As in a clinical image, the right half (u > 0) is the patient's left side.
@@ -164,43 +164,33 @@ def synthetic_cxr(
     hospital's own). scanner_shift and prevalence_shift set one of them alone. classes:
     any of CLASSES; y counts in their order.
 
-    Returns the hospitals one after the other, each shuffled, with class counts exact to
-    one image. A hospital's draws come from (seed, its name). Its scanner and class mix
-    follow its letter if it is named "Hospital <letter>", else its position; both repeat
-    after eight. So "Hospital B" has the same images whichever other hospitals exist.
-    Raises ValueError for a setting outside its range.
+    Returns the hospitals one after the other, each shuffled, class counts exact to one
+    image. A hospital's draws come from (seed, its name); its scanner and mix follow its
+    letter if it is named "Hospital <letter>", else its place, and repeat after eight.
+    So "Hospital B" has the same images whichever other hospitals exist. Raises
+    ValueError for a setting outside its range.
     """
-    named = _check_sizes(sizes)
-    labels = _check_classes(classes)
-    if image_size < 16:
-        raise ValueError(f"image_size must be >= 16 pixels, got {image_size}; try 32")
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
-    both = _check_share("heterogeneity", heterogeneity)
-    style = _check_share(
-        "scanner_shift", both if scanner_shift is None else scanner_shift
-    )
-    skew = _check_share(
-        "prevalence_shift", both if prevalence_shift is None else prevalence_shift
-    )
+    named, codes_of = _check_sizes(sizes), _check_classes(classes)
+    if image_size < 16 or seed < 0:
+        limits = "image_size must be >= 16 and seed >= 0"
+        raise ValueError(f"{limits}, got {image_size} and {seed}")
+    _check_share("heterogeneity", heterogeneity)
+    style = heterogeneity if scanner_shift is None else scanner_shift
+    skew = heterogeneity if prevalence_shift is None else prevalence_shift
     x, y = [], []
     for position, (name, count) in enumerate(named.items()):
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         index = _preset_index(name, position)
-        mix = class_mix(index, skew, classes)
-        y.append(
-            rng.permutation(np.repeat(np.arange(len(mix)), _apportion(count, mix)))
-        )
-        codes = torch.from_numpy(labels[y[-1]])
-        draws_seed = int(rng.integers(2**62))
-        x.append(_draw_images(codes, scanner_for(index, style), image_size, draws_seed))
-    site = np.repeat(np.array(list(named)), list(named.values()))
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        y.append(_draw_labels(count, class_mix(index, skew, classes), rng))
+        codes, scanner = torch.from_numpy(codes_of[y[-1]]), scanner_for(index, style)
+        x.append(_draw_images(codes, scanner, image_size, int(rng.integers(2**62))))
+    site = np.repeat(list(named), list(named.values()))
     return Radiographs(np.concatenate(x), np.concatenate(y), tuple(classes), site)
 
 
 def scanner_for(index: int, strength: float) -> Scanner:
     """Scanner of hospital `index`, between neutral (strength 0) and its preset (1)."""
-    _check_share("strength", strength)
+    _check_share("scanner shift", strength)
     neutral, preset = Scanner(), SCANNERS[index % len(SCANNERS)]
     between = {
         f.name: (1 - strength) * getattr(neutral, f.name)
@@ -214,7 +204,7 @@ def class_mix(
     index: int, strength: float, classes: Sequence[str] = CLASSES[:3]
 ) -> np.ndarray:
     """Class shares of hospital `index`, between uniform (0) and its own mix (1)."""
-    _check_share("strength", strength)
+    _check_share("prevalence shift", strength)
     own = np.array(CLASS_MIXES[index % len(CLASS_MIXES)])[_check_classes(classes)]
     return (1 - strength) / len(own) + strength * own / own.sum()
 
@@ -296,9 +286,7 @@ class _Chest:
     rim: Tensor  # [N, S, S] distance of the lung's outer edge from the midline
     base: Tensor  # [N, S, S] height of the diaphragm
     top: Tensor  # [N, 1, 1] height of the lung's apex
-    floor: (
-        Tensor  # [N, S, S] height of the lung's floor, lower on the right of the image
-    )
+    floor: Tensor  # [N, S, S] height of the lung's lowest point, per side
 
     def rows(self, chosen: Tensor) -> _Chest:
         return _Chest(*(getattr(self, f.name)[chosen] for f in fields(self)))
@@ -556,7 +544,7 @@ _LETTERS = {
 
 
 def _burn_in_marker(image: Tensor, present: Tensor, corner: int) -> None:
-    """Write the side marker into one corner, in place: the patient's R is on the left."""
+    """Write R (left corners) or L (right corners) into images [N, S, S], in place."""
     size = image.shape[-1]
     at_right, at_bottom = corner % 2, corner // 2
     bits = [[int(bit) for bit in row] for row in _LETTERS["L" if at_right else "R"]]
@@ -594,10 +582,9 @@ def _check_classes(classes: Sequence[str]) -> np.ndarray:
     return np.array([CLASSES.index(name) for name in classes])
 
 
-def _check_share(name: str, value: float) -> float:
+def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in 0..1, got {value}")
-    return value
 
 
 def _letters(index: int) -> str:
@@ -615,6 +602,14 @@ def _preset_index(name: str, position: int) -> int:
     if not default:
         return position
     return functools.reduce(lambda n, c: 26 * n + ord(c) - 64, default[1], 0) - 1
+
+
+def _draw_labels(
+    count: int, shares: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Shuffled class indices int64 [count], in these shares to within one image."""
+    classes = np.arange(len(shares), dtype=np.int64)
+    return rng.permutation(np.repeat(classes, _apportion(count, shares)))
 
 
 def _apportion(count: int, shares: np.ndarray) -> np.ndarray:

@@ -1,0 +1,50 @@
+# Works on a fresh clone with Python >= 3.10 and make. Every target sets itself up.
+PYTHON ?= python3
+BIN := .venv/bin
+NB ?=
+ARGS ?=
+
+.PHONY: run lab test notebooks bench setup setup-dev format clean
+
+run: setup  ## execute the notebooks into runs/ and print the results
+	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
+
+lab: setup  ## open JupyterLab on the notebooks (no news, no update checks)
+	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
+
+test: setup-dev  ## every check: format, lint, tests, notebooks with small parameters
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --durations=10 $(ARGS)
+
+notebooks: setup-dev  ## rewrite the committed outputs of the notebooks
+	$(BIN)/python tools/notebooks.py refresh $(if $(NB),--only $(NB)) $(ARGS)
+	$(BIN)/python docs/pics/federation.py
+
+bench: setup-dev  ## speed against a reference in the same run
+	$(BIN)/python tests/benchmarks/run.py
+
+setup: .venv/.ready
+setup-dev: .venv/.ready-dev
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  v >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, {sys.executable} is {v.major}.{v.minor}; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/.ready: requirements.txt pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.venv/.ready-dev: requirements-dev.txt .venv/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+format: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,165 @@
+"""The notebooks' figures: images, label mix, heat map, curves and comparisons.
+
+Each function draws one figure and returns it; colours can be told apart by colour-blind
+readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+STYLE = {
+    "figure.figsize": (6, 3.5),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def use_style() -> None:
+    """Set the look of all figures that follow."""
+    plt.rcParams.update(STYLE)
+
+
+def show_images(rows: Mapping[str, np.ndarray], titles: Sequence[str] = ()) -> Figure:
+    """Show a grid of images: one labelled row per entry.
+
+    rows: {label: images [C, H, W] or [C, H, W, 3], uint8}, C columns; titles: one per
+    column.
+    """
+    columns = max(len(images) for images in rows.values())
+    fig, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(1.05 * columns + 1, 1.08 * len(rows)),
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=10)
+    return fig
+
+
+def plot_label_mix(
+    partitions: Mapping[str, Mapping[str, Sequence[int]]], classes: Sequence[str]
+) -> Figure:
+    """Draw the rows per silo and class as stacked bars, one panel per partition.
+
+    partitions: {panel title: {silo name: rows per class}}.
+    """
+    fig, axes = plt.subplots(
+        1, len(partitions), figsize=(2.6 + 2.1 * len(partitions), 3), sharey=True
+    )
+    for axis, (title, silos) in zip(
+        np.atleast_1d(axes), partitions.items(), strict=True
+    ):
+        names = [name.removeprefix("Hospital ") for name in silos]
+        counts = np.array(list(silos.values()))  # [silos, classes]
+        bottom = np.zeros(len(names))
+        for label, column in zip(classes, counts.T, strict=True):
+            axis.bar(names, column, bottom=bottom, label=label)
+            bottom += column
+        axis.set(title=title, xlabel="hospital")
+    np.atleast_1d(axes)[0].set_ylabel("radiographs")
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(classes))
+    return fig
+
+
+def plot_matrix(
+    percent: np.ndarray,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_label: str,
+    column_label: str,
+    value_label: str,
+) -> Figure:
+    """Draw a heat map of percentages [R, C] with the number in each cell."""
+    fig, axis = plt.subplots(
+        figsize=(2.6 + 0.95 * len(columns), 1.4 + 0.52 * len(rows))
+    )
+    image = axis.imshow(percent, cmap="cividis", aspect="auto")
+    middle = (np.nanmin(percent) + np.nanmax(percent)) / 2
+    for (i, j), value in np.ndenumerate(percent):
+        color = "white" if value < middle else "black"
+        axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=column_label, ylabel=row_label)
+    axis.spines[:].set_visible(False)
+    fig.colorbar(image, label=value_label)
+    return fig
+
+
+def plot_rounds(
+    per_silo: Mapping[str, Sequence[float]],
+    *,
+    references: Mapping[str, float] | None = None,
+    ylabel: str = "balanced accuracy (%)",
+    ylim: tuple[float, float] = (0, 100),
+) -> Figure:
+    """Draw a metric in percent over rounds: thin per silo, thick mean, dashed levels.
+
+    per_silo: {silo name: one value per round}; references: {label: level}.
+    """
+    fig, axis = plt.subplots()
+    curves = np.array(list(per_silo.values()))  # [silos, rounds]
+    rounds = np.arange(1, curves.shape[1] + 1)
+    for name, curve in zip(per_silo, curves, strict=True):
+        axis.plot(rounds, curve, lw=1, alpha=0.8, label=name)
+    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color="black", label="mean")
+    for (label, level), style in zip(
+        (references or {}).items(), ("--", ":", "-."), strict=False
+    ):
+        axis.axhline(level, ls=style, color="0.35", lw=1.5, label=label)
+    axis.set(xlabel="communication round", ylabel=ylabel, ylim=ylim)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def plot_comparison(
+    results: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    xlabel: str = "balanced accuracy (%)",
+) -> Figure:
+    """Compare approaches per silo: a dot per seed, a bar at their mean.
+
+    results: {approach: {silo name: one percentage per seed}}, same silos for all.
+    """
+    names = list(next(iter(results.values())))
+    fig, axis = plt.subplots(figsize=(6.5, 1.2 + 0.62 * len(names)))
+    offsets = np.linspace(-0.24, 0.24, len(results))
+    for k, (approach, silos) in enumerate(results.items()):
+        for i, name in enumerate(names):
+            y, values = i + offsets[k], np.asarray(silos[name])
+            label = approach if i == 0 else None
+            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=COLORS[k])
+            axis.plot(
+                [values.mean()] * 2,
+                [y - 0.1, y + 0.1],
+                lw=3,
+                color=COLORS[k],
+                label=label,
+            )
+        if i % 2 == 0:
+            axis.axhspan(i - 0.5, i + 0.5, color="0.96", zorder=0)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig

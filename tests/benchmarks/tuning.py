@@ -1,0 +1,115 @@
+"""Learning rates of notebooks 01-03, chosen on validation data.
+
+Writes docs/results/tuning.csv (about 10 minutes per data set). Each approach (each hospital alone,
+federated, centralized) gets the same grid of learning rates; hospitals alone may also
+choose how long to train. Validation sets are cut from the training sets: test sets are
+not touched, and the seeds are none that a notebook uses.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fl_helpers.aggregation import weighted_average
+from fl_helpers.data import drop_duplicates, load_medmnist
+from fl_helpers.models import small_cnn
+from fl_helpers.silos import (
+    make_silos,
+    partition_by_quantity,
+    pool_silos,
+    split_silo,
+)
+from fl_helpers.simulation import run_alone, run_rounds
+from fl_helpers.synthetic_cxr import synthetic_cxr
+from fl_helpers.training import cosine_lr, evaluate, train_locally
+
+SIZES = (1200, 900, 600, 300)
+TEST_SHARE, VALIDATION_SHARE = 0.75, 0.25
+ROUNDS, LOCAL_EPOCHS, BATCH_SIZE = 12, 2, 16
+LEARNING_RATES = (0.005, 0.01, 0.02, 0.04, 0.08)
+SEEDS = (100, 101, 102, 103)
+
+
+def validation_silos(dataset, root, seed):
+    """Silos whose `test` is a validation set, cut from the training set."""
+    if dataset == "synthetic_cxr":
+        data = synthetic_cxr(SIZES, heterogeneity=0.25, seed=seed)
+        names = sorted(set(data.site))
+        partition = {name: np.flatnonzero(data.site == name) for name in names}
+    else:
+        data = drop_duplicates(load_medmnist(dataset, root))
+        rest = len(data) - sum(SIZES)
+        partition = partition_by_quantity(data.y, (*SIZES, rest), seed=seed)
+        del partition[max(partition)]  # the rows that no hospital gets
+    silos = make_silos(data.x, data.y, partition, test_share=TEST_SHARE, seed=seed)
+    cut = dict(test_share=VALIDATION_SHARE, seed=seed)
+    return [split_silo(s.name, s.train, **cut) for s in silos], len(data.classes)
+
+
+def score(dataset, root, seed, lr):
+    """Validation balanced accuracy, mean over hospitals, of each approach."""
+    silos, num_classes = validation_silos(dataset, root, seed)
+    total = sum(len(silo.train.y) for silo in silos)
+    torch.manual_seed(seed)
+    start = small_cnn(num_classes).state_dict()
+
+    def load(params):
+        model = small_cnn(num_classes)
+        model.load_state_dict(params)
+        return model
+
+    def client(same_steps):
+        def client_update(params, silo, *, round_index, rng):
+            epochs = LOCAL_EPOCHS * (total / len(silo.train.y) if same_steps else 1)
+            rate = cosine_lr(lr, round_index, ROUNDS)
+            options = dict(epochs=epochs, lr=rate, batch_size=BATCH_SIZE, rng=rng)
+            return train_locally(load(params), silo, **options)
+
+        return client_update
+
+    def mean_score(models):
+        scores = [evaluate(load(models[s.name]), s.test) for s in silos]
+        return np.mean([metrics["balanced_accuracy"] for metrics in scores])
+
+    def everyone(params):
+        return {silo.name: params for silo in silos}
+
+    run = dict(rounds=ROUNDS, seed=seed, progress=False)
+    average = (weighted_average,)
+    own_epochs, same_steps = client(False), client(True)
+    federated = run_rounds(start, silos, own_epochs, *average, **run)
+    centralized = run_rounds(start, [pool_silos(silos)], own_epochs, *average, **run)
+    return {
+        "local, own epochs": mean_score(run_alone(start, silos, own_epochs, **run)),
+        "local, same steps": mean_score(run_alone(start, silos, same_steps, **run)),
+        "federated": mean_score(everyone(federated.params)),
+        "centralized": mean_score(everyone(centralized.params)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="synthetic_cxr")
+    parser.add_argument("--root", default="data/cache")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/tuning.csv"))
+    options = parser.parse_args()
+    new = not options.out.exists()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(["dataset", "seed", "lr", "approach", "balanced_accuracy"])
+        for seed in SEEDS:
+            for lr in LEARNING_RATES:
+                for name, value in score(
+                    options.dataset, options.root, seed, lr
+                ).items():
+                    writer.writerow([options.dataset, seed, lr, name, f"{value:.4f}"])
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()

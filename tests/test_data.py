@@ -1,0 +1,930 @@
+"""Data sets: the synthetic radiographs, MedMNIST, image folders, heart disease."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fl_helpers import data
+from fl_helpers.data import (
+    HEART_DISEASE_CSV,
+    Arrays,
+    drop_duplicates,
+    load_heart_disease,
+    load_image_folder,
+    load_medmnist,
+)
+from fl_helpers.synthetic_cxr import (
+    CLASSES,
+    SCANNERS,
+    Scanner,
+    apply_scanner,
+    class_mix,
+    scanner_for,
+    synthetic_cxr,
+)
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+CARDS = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+
+
+def shared_file(name):
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    return path
+
+
+# --------------------------------------------------------------------- synthetic_cxr
+
+
+def test_same_seed_same_radiographs_whatever_the_threads_and_global_state():
+    first = synthetic_cxr([60, 30], heterogeneity=1, seed=4)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        again = synthetic_cxr([60, 30], heterogeneity=1, seed=4)
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_array_equal(first.x, again.x)
+    np.testing.assert_array_equal(first.y, again.y)
+    assert torch.equal(before, torch.get_rng_state())  # no global generator is used
+
+
+def test_another_seed_other_patients():
+    a, b = (synthetic_cxr([40], seed=s) for s in (0, 1))
+    assert not (a.x == b.x).all(axis=(1, 2)).any()
+    assert not np.array_equal(a.y, b.y)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"Hospital A": 5}, {"Hospital A": 9, "Hospital C": 4}, {"Elsewhere": 3}],
+)
+def test_a_hospital_does_not_depend_on_the_others(others):
+    alone = synthetic_cxr({"Hospital B": 20}, heterogeneity=1)
+    among = synthetic_cxr({**others, "Hospital B": 20}, heterogeneity=1)
+    mine = among.site == "Hospital B"
+    np.testing.assert_array_equal(among.x[mine], alone.x)
+    np.testing.assert_array_equal(among.y[mine], alone.y)
+
+
+def test_hospitals_have_different_patients():
+    arrays = synthetic_cxr([30, 30], heterogeneity=0)  # same scanner, same mix
+    a, b = (arrays.x[arrays.site == s] for s in ("Hospital A", "Hospital B"))
+    assert not (a == b).all(axis=(1, 2)).any()
+
+
+def test_sizes_give_names_and_numbers():
+    arrays = synthetic_cxr([2] * 27 + [3], image_size=16)
+    names, counts = np.unique(arrays.site, return_counts=True)
+    assert dict(zip(names, counts, strict=True))["Hospital AB"] == 3
+    assert {"Hospital A", "Hospital Z", "Hospital AA"} < set(names)
+    assert len(arrays) == 2 * 27 + 3
+    named = synthetic_cxr({"North": 3, "South": 2}, image_size=16)
+    assert named.site.tolist() == ["North"] * 3 + ["South"] * 2
+
+
+def test_a_name_of_your_own_takes_the_scanner_of_its_place():
+    sizes = {"North": 150, "South": 150}  # South: preset 1, the dark digitised film
+    north, south = np.split(synthetic_cxr(sizes, heterogeneity=1).x, 2)
+    assert south.mean() < north.mean() - 20
+
+
+def test_class_counts_at_full_shift_follow_the_hospitals_mix():
+    arrays = synthetic_cxr({"Hospital B": 50, "Hospital C": 100}, heterogeneity=1)
+    by_site = {s: np.bincount(arrays.y[arrays.site == s]) for s in set(arrays.site)}
+    assert by_site["Hospital B"].tolist() == [35, 10, 5]  # 50 * (.70, .20, .10)
+    assert by_site["Hospital C"].tolist() == [15, 70, 15]  # 100 * (.15, .70, .15)
+    nine = synthetic_cxr({"Hospital D": 9}, heterogeneity=1)  # 1.8, 1.35, 5.85
+    assert np.bincount(nine.y).tolist() == [2, 1, 6]  # the largest remainders go up
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    index=st.integers(0, 7),
+    strength=st.floats(0, 1),
+    classes=st.permutations(CLASSES).flatmap(
+        lambda names: st.integers(1, 4).map(lambda k: tuple(names[:k]))
+    ),
+)
+def test_class_counts_are_exact_to_one_image(count, index, strength, classes):
+    name = f"Hospital {'ABCDEFGH'[index]}"
+    arrays = synthetic_cxr(
+        {name: count}, heterogeneity=strength, image_size=16, classes=classes
+    )
+    counts = np.bincount(arrays.y, minlength=len(classes))
+    assert counts.sum() == count
+    assert np.abs(counts - count * class_mix(index, strength, classes)).max() < 1
+
+
+def test_rows_are_shuffled_within_a_hospital():
+    y = synthetic_cxr([90]).y
+    assert (np.diff(y) != 0).sum() > 30  # sorted labels would change twice only
+
+
+def test_heterogeneity_skews_the_class_mix_more_and_more():
+    def skew(strength):
+        arrays = synthetic_cxr([200] * 6, heterogeneity=strength, image_size=16)
+        shares = [
+            np.bincount(arrays.y[arrays.site == s]) / 200 for s in set(arrays.site)
+        ]
+        return np.abs(np.array(shares) - 1 / 3).sum(axis=1).mean()
+
+    skews = [skew(h) for h in (0, 0.25, 0.5, 0.75, 1)]
+    assert skews[0] < 0.02  # 200 images in 3 classes: 67 + 67 + 66
+    assert (np.diff(skews) > 0.05).all()
+
+
+def test_heterogeneity_moves_the_scanners_further_apart():
+    def distance(strength):
+        """Mean gap between each hospital's pixel quantiles and those of hospital A."""
+        sizes, options = [150] * 8, {"prevalence_shift": 0.0}
+        arrays = synthetic_cxr(sizes, heterogeneity=strength, **options)
+        levels = np.linspace(0.02, 0.98, 25)
+        q = [np.quantile(x, levels) for x in np.split(arrays.x, 8)]
+        return np.abs(np.array(q[1:]) - q[0]).mean()
+
+    distances = [distance(h) for h in (0, 0.25, 0.5, 0.75, 1)]
+    assert distances[0] < 4
+    assert (np.diff(distances) > 2).all()
+
+
+def test_the_two_shifts_can_be_set_apart():
+    neutral = synthetic_cxr({"Hospital D": 60}, heterogeneity=0)
+    both_off = synthetic_cxr(
+        {"Hospital D": 60}, heterogeneity=1, scanner_shift=0, prevalence_shift=0
+    )
+    np.testing.assert_array_equal(neutral.x, both_off.x)
+    scanner_only = synthetic_cxr({"Hospital D": 60}, heterogeneity=0, scanner_shift=1)
+    np.testing.assert_array_equal(neutral.y, scanner_only.y)
+    assert not np.array_equal(neutral.x, scanner_only.x)
+    mix_only = synthetic_cxr({"Hospital D": 60}, heterogeneity=0, prevalence_shift=1)
+    assert np.bincount(mix_only.y).tolist() == [12, 9, 39]  # 60 * (.20, .15, .65)
+
+
+@pytest.mark.parametrize("size", [16, 33, 64])
+def test_images_are_uint8_of_the_size_asked_and_use_the_grey_scale(size):
+    arrays = synthetic_cxr([12] * 8, heterogeneity=1, image_size=size, classes=CLASSES)
+    assert (arrays.x.shape, arrays.x.dtype) == ((96, size, size), np.uint8)
+    assert (arrays.y.dtype, arrays.classes) == (np.int64, CLASSES)
+    spread = arrays.x.reshape(96, -1).std(axis=1)
+    assert spread.min() > 15  # nowhere blank
+    assert arrays.x.min() < 10 and arrays.x.max() > 245
+
+
+def test_findings_show_where_a_radiologist_looks_for_them():
+    def mean_image(name):
+        sizes = {"Hospital A": 300}
+        return synthetic_cxr(sizes, heterogeneity=0, classes=[name], seed=2).x.mean(0)
+
+    normal, pneumonia, effusion, heart = map(mean_image, CLASSES)
+    base_of_lungs = np.s_[19:23, [4, 5, 26, 27]]  # above the lateral diaphragm
+    assert (effusion - normal)[base_of_lungs].mean() > 15
+    assert (effusion - normal)[4:10].mean() < 5
+    mid_lungs = np.s_[10:20, [6, 7, 8, 9, 22, 23, 24, 25]]
+    assert (pneumonia - normal)[mid_lungs].mean() > 4
+    left_of_midline = np.s_[12:20, 20:25]  # the patient's left: right in the image
+    assert (heart - normal)[left_of_midline].mean() > 25
+
+
+def test_an_easy_rule_does_not_solve_the_task():
+    arrays = synthetic_cxr([900], heterogeneity=0, seed=5)
+    train, test = slice(0, 600), slice(600, 900)
+    centres = [arrays.x[train][arrays.y[train] == k].mean(0) for k in range(3)]
+    gaps = [((arrays.x[test] - c) ** 2).sum((1, 2)) for c in centres]
+    accuracy = (np.argmin(gaps, axis=0) == arrays.y[test]).mean()
+    assert 0.38 < accuracy < 0.75  # there is a signal, and it is not in the mean image
+
+
+def test_scanner_presets_are_reached_step_by_step():
+    assert scanner_for(5, 0) == Scanner(marker_corner=SCANNERS[5].marker_corner)
+    assert scanner_for(4, 1) == SCANNERS[4] == scanner_for(12, 1)  # repeats after eight
+    assert scanner_for(1, 0.5).gamma == pytest.approx((1 + 1.6) / 2)
+
+
+def grey_images(level=128, count=20, size=32):
+    return np.full((count, size, size), level, np.uint8)
+
+
+def test_apply_scanner_leaves_its_input_and_follows_its_seed():
+    images = synthetic_cxr([70], heterogeneity=0).x
+    original = images.copy()
+    out = [apply_scanner(images, SCANNERS[4], seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(images, original)
+    np.testing.assert_array_equal(out[0], out[1])
+    assert not np.array_equal(out[0], out[2])
+    assert (out[0].shape, out[0].dtype) == (images.shape, np.uint8)
+
+
+def test_apply_scanner_keeps_the_picture_and_changes_it_more_at_full_strength():
+    images = synthetic_cxr([200], heterogeneity=0).x
+    quantiles = np.linspace(0.05, 0.95, 19)
+
+    def shift(strength):
+        out = apply_scanner(images, scanner_for(1, strength), seed=0)
+        gap = np.quantile(out, quantiles) - np.quantile(images, quantiles)
+        return np.abs(gap).mean(), np.corrcoef(out.ravel(), images.ravel())[0, 1]
+
+    shifts, alike = zip(*(shift(s) for s in (0, 0.5, 1)), strict=True)
+    assert shifts[0] < 8 and (np.diff(shifts) > 8).all()
+    assert alike[0] > 0.85 and alike[2] > 0.5
+
+
+def test_each_scanner_setting_does_what_it_says():
+    def mean(images=None, **setting):
+        given = grey_images() if images is None else images
+        return apply_scanner(given, Scanner(**setting), seed=3).astype(float)
+
+    plain = mean()
+    assert mean(gamma=2.0).mean() < plain.mean() - 40
+    assert mean(brightness=0.2).mean() - plain.mean() == pytest.approx(51, abs=3)
+    bright = grey_images(level=180)
+    assert mean(bright, contrast=0.5).mean() < mean(bright).mean() - 20
+    assert mean(noise=0.1).std(axis=(1, 2)).mean() == pytest.approx(25.5, abs=3)
+    vignetted = mean(vignette=0.5)
+    assert vignetted[:, 0, 0].mean() < vignetted[:, 16, 16].mean() - 40
+    assert mean(bright, inverted=1.0).mean() < 90
+    framed = mean(collimator=0.2)
+    assert framed[:, 0].max() == 0 and framed[:, 16, 16].min() > 60
+
+
+@pytest.mark.parametrize("corner", range(4))
+def test_marker_is_burned_into_its_corner_only(corner):
+    scanner = Scanner(marker=0.5, marker_corner=corner)
+    images = apply_scanner(grey_images(count=200), scanner, seed=3)
+    quarters = [images[:, r : r + 16, c : c + 16] for r in (0, 16) for c in (0, 16)]
+    marked = [(quarter.max(axis=(1, 2)) > 240).mean() for quarter in quarters]
+    assert marked.pop(corner) == pytest.approx(0.5, abs=0.12)  # about half of 200
+    assert marked == [0, 0, 0]
+
+
+def test_blur_tilt_zoom_and_shift_move_the_pixels():
+    spot = grey_images(level=0, count=60)
+    spot[:, 4:8, 14:18] = 255  # a light above the centre
+    still = Scanner(noise=0.0)
+    centre = apply_scanner(spot, still, 0).mean(0)
+
+    def position(**setting):
+        image = apply_scanner(spot, Scanner(noise=0.0, **setting), 0).mean(0)
+        image = image - image.min()
+        grid = np.mgrid[:32, :32]
+        return (grid * image).sum(axis=(1, 2)) / image.sum()
+
+    down, right = position()
+    assert position(shift=0.2)[0] == pytest.approx(down + 3.2, abs=0.6)  # .2 * 16 px
+    assert position(zoom=0.7)[0] > down + 2  # wider field: nearer to the centre
+    assert position(tilt=20)[1] != pytest.approx(right, abs=1)
+    assert apply_scanner(spot, Scanner(noise=0.0, blur=3.0), 0).mean(0).max() < (
+        0.8 * centre.max()
+    )
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 8, 9), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((2, 8, 8), np.float32),
+    ],
+)
+def test_apply_scanner_refuses_other_arrays(images):
+    with pytest.raises(ValueError, match=r"uint8 \[N, S, S\].*resize first"):
+        apply_scanner(images, Scanner(), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sizes": []}, "at least one hospital"),
+        ({"sizes": {"North": 0}}, "'North' has size 0.*>= 1"),
+        ({"sizes": [10, 2.5]}, "'Hospital B' has size 2.5.*whole number"),
+        ({"heterogeneity": 1.2}, "heterogeneity must lie in 0..1, got 1.2"),
+        ({"heterogeneity": float("nan")}, "heterogeneity must lie in 0..1, got nan"),
+        ({"scanner_shift": -0.1}, "scanner shift must lie in 0..1, got -0.1"),
+        ({"prevalence_shift": 2}, "prevalence shift must lie in 0..1, got 2"),
+        ({"image_size": 8}, "image_size must be >= 16.* 8 "),
+        ({"seed": -1}, "seed >= 0, got 32 and -1"),
+        ({"classes": ["normal", "hernia"]}, "cardiomegaly.*got .*hernia"),
+        ({"classes": ["normal", "normal"]}, "different names"),
+        ({"classes": []}, "different names"),
+    ],
+)
+def test_synthetic_cxr_refuses_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        synthetic_cxr(**{"sizes": [3], **arguments})
+
+
+def test_card_of_synthetic_cxr_shows_the_true_mixes():
+    for index, letter in enumerate("ABCDEFGH"):
+        shares = " | ".join(f"{100 * s:.0f}" for s in class_mix(index, 1.0))
+        assert re.search(rf"\| {letter} \|.*\| {re.escape(shares)} \|", CARDS), shares
+
+
+# ---------------------------------------------------------------------------- Arrays
+
+GOOD = {
+    "x": np.zeros((2, 3), np.float32),
+    "y": np.array([0, 1]),
+    "classes": ("no", "yes"),
+    "site": np.array(["A", "B"]),
+    "features": ("a", "b", "c"),
+}
+
+
+def test_arrays_has_a_length_and_takes_grey_colour_and_tables():
+    assert len(Arrays(**GOOD)) == 2
+    for shape in ((2, 4, 4), (2, 4, 5, 3)):
+        image = {"x": np.zeros(shape, np.uint8), "features": ()}
+        assert len(Arrays(**{**GOOD, **image, "site": None})) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, 3))}, "float32.*got float64"),
+        ({"x": np.zeros((2, 4, 4, 4), np.uint8)}, r"got uint8 \[2, 4, 4, 4\]"),
+        ({"x": np.zeros((0, 3), np.float32)}, "empty.*at least one row"),
+        ({"y": np.array([0])}, r"y must be int64 \[2\].*\[1\]"),
+        ({"y": np.array([0, 1], np.int32)}, "int64.*got int32"),
+        ({"y": np.array([0, 2])}, "0..1 for 2 classes, got 0..2"),
+        ({"y": np.array([-1, 0])}, "got -1..0"),
+        ({"classes": ("no", "no")}, "different names"),
+        ({"classes": ()}, "different names"),
+        ({"site": np.array(["A"])}, r"site must be str \[2\]"),
+        ({"site": np.array([1, 2])}, "site must be str.*int64"),
+        ({"features": ("a", "b")}, "2 feature names"),
+        ({"x": np.array([[0, 0, 0], [0, np.inf, 0]], "f4")}, "row 1, column 'b'"),
+    ],
+)
+def test_arrays_refuses_parts_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        Arrays(**{**GOOD, **change})
+
+
+def test_drop_duplicates_keeps_the_first_and_no_contradiction():
+    rows = np.array([10, 20, 10, 30, 20, 40, 10], np.uint8)
+    arrays = Arrays(
+        x=np.tile(rows[:, None, None], (1, 2, 2)),
+        y=np.array([0, 1, 0, 1, 0, 1, 0]),  # 20 is labelled 1 and 0: both go
+        classes=("no", "yes"),
+        site=np.array(list("ABCDEFG")),
+    )
+    kept = drop_duplicates(arrays)
+    assert kept.x[:, 0, 0].tolist() == [10, 30, 40]
+    assert kept.y.tolist() == [0, 1, 1]
+    assert kept.site.tolist() == ["A", "D", "F"]
+    assert len(arrays) == 7
+
+
+def test_drop_duplicates_on_tables_and_radiographs():
+    x = np.array([[1, np.nan], [1, np.nan], [2, 0]], np.float32)
+    table = Arrays(x, np.array([0, 0, 1]), ("no", "yes"), None, ("a", "b"))
+    assert len(drop_duplicates(table)) == 2  # NaN equals NaN: the bytes are the same
+    radiographs = synthetic_cxr([40])
+    assert len(drop_duplicates(radiographs)) == 40
+
+
+# -------------------------------------------------------------------------- MedMNIST
+
+
+def write_npz(path, *, classes=2, size=28, colour=False, **change):
+    """A file in MedMNIST's format: 6 + 3 + 2 images, each as bright as its number."""
+    arrays, first = {}, 0
+    for split, count in (("train", 6), ("val", 3), ("test", 2)):
+        number = np.arange(first, first + count, dtype=np.uint8)
+        shape = (count, size, size, 3) if colour else (count, size, size)
+        images = number.reshape(-1, *[1] * (len(shape) - 1))
+        arrays[f"{split}_images"] = np.broadcast_to(images, shape)
+        arrays[f"{split}_labels"] = (number % classes)[:, None]
+        first += count
+    arrays = {key: a for key, a in (arrays | change).items() if a is not None}
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def test_real_pneumoniamnist_has_the_published_counts():
+    arrays = load_medmnist("pneumoniamnist", shared_file("pneumoniamnist.npz"))
+    assert arrays.x.shape == (4708 + 524 + 624, 28, 28)
+    assert arrays.classes == ("normal", "pneumonia")
+    for rows, counts in (  # Yang et al. 2023: train, validation, test
+        (slice(0, 4708), [1214, 3494]),
+        (slice(4708, 5232), [135, 389]),
+        (slice(5232, None), [234, 390]),
+    ):
+        assert np.bincount(arrays.y[rows]).tolist() == counts
+    kept = drop_duplicates(arrays)
+    assert (len(arrays) - len(kept), len(kept)) == (29, 5827)
+    assert "29" in CARDS and "5,827" in CARDS
+
+
+def test_medmnist_joins_train_val_test_in_this_order(tmp_path):
+    arrays = load_medmnist("breastmnist", write_npz(tmp_path / "mine.npz"))
+    assert arrays.x[:, 0, 0].tolist() == list(range(11))
+    assert arrays.y.tolist() == [k % 2 for k in range(11)]
+    assert (arrays.x.dtype, arrays.y.dtype) == (np.uint8, np.int64)
+    assert arrays.classes == ("malignant", "normal, benign")
+    assert arrays.site is None
+
+
+def test_medmnist_reads_colour_and_larger_images(tmp_path):
+    path = write_npz(tmp_path / "blood.npz", classes=8, size=64, colour=True)
+    assert load_medmnist("bloodmnist", path, size=64).x.shape == (11, 64, 64, 3)
+
+
+NUM_CLASSES = {  # Yang et al. 2023, table 2
+    "pathmnist": 9,
+    "dermamnist": 7,
+    "octmnist": 4,
+    "pneumoniamnist": 2,
+    "retinamnist": 5,
+    "breastmnist": 2,
+    "bloodmnist": 8,
+    "tissuemnist": 8,
+    "organamnist": 11,
+    "organcmnist": 11,
+    "organsmnist": 11,
+}
+
+
+@pytest.mark.parametrize("name", NUM_CLASSES)
+def test_every_set_has_its_classes_and_a_card(name, tmp_path):
+    path = write_npz(tmp_path / "x.npz", classes=min(11, NUM_CLASSES[name]))
+    assert len(load_medmnist(name, path).classes) == NUM_CLASSES[name]
+    assert re.search(rf"\| {name} \|.*\| {NUM_CLASSES[name]} \|", CARDS)
+
+
+def test_every_published_md5_is_there_once():
+    sums = [m for name in NUM_CLASSES for m in data._MEDMNIST_MD5[name].split()]
+    assert len(set(sums)) == 4 * len(NUM_CLASSES)
+    assert all(re.fullmatch("[0-9a-f]{32}", m) for m in sums)
+    assert "28209eda62fecd6e6a2d98b1501bb15f" in sums  # PneumoniaMNIST, 28 pixels
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Replace torchvision's download by a function, and list the calls."""
+    from torchvision.datasets import utils
+
+    calls = []
+
+    def install(write):
+        def download_url(url, root, filename=None, md5=None):
+            calls.append((url, filename, md5))
+            write(Path(root, filename))
+
+        monkeypatch.setattr(utils, "download_url", download_url)
+        return calls
+
+    return install
+
+
+def test_medmnist_is_downloaded_once_into_the_folder(tmp_path, downloads, monkeypatch):
+    calls = downloads(write_npz)
+    cache = tmp_path / "new" / "cache"
+    assert len(load_medmnist("pneumoniamnist", cache)) == 11
+    url = "https://zenodo.org/records/10519652/files/pneumoniamnist.npz?download=1"
+    assert calls == [(url, "pneumoniamnist.npz", "28209eda62fecd6e6a2d98b1501bb15f")]
+    assert [p.name for p in cache.iterdir()] == ["pneumoniamnist.npz"]
+    with pytest.warns(UserWarning, match="not the published file"):
+        load_medmnist("pneumoniamnist", cache)  # read again, not fetched again
+    assert len(calls) == 1
+
+
+def test_medmnist_size_chooses_file_and_md5(tmp_path, downloads):
+    calls = downloads(lambda path: write_npz(path, size=64))
+    load_medmnist("pneumoniamnist", tmp_path, size=64)
+    assert calls[0][1:] == ("pneumoniamnist_64.npz", "8f4eceb4ccffa70c672198ea285246c6")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("no route to host"), RuntimeError("File not found or corrupted.")],
+)
+def test_a_broken_download_leaves_nothing_behind(tmp_path, downloads, error):
+    def half(path):
+        path.write_bytes(b"PK half of a file")
+        raise error
+
+    downloads(half)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_medmnist("octmnist", tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path / "octmnist.npz") in message
+    assert "zenodo.org/records/10519652/files/octmnist.npz" in message
+    assert str(error) in message and "root=" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_medmnist_without_file_and_without_download(tmp_path, downloads):
+    calls = downloads(write_npz)
+    for root in (tmp_path, tmp_path / "octmnist.npz"):
+        with pytest.raises(
+            FileNotFoundError, match=r"octmnist\.npz does not exist"
+        ) as e:
+            load_medmnist("octmnist", root, download=root.suffix == ".npz")
+        assert "zenodo.org" in str(e.value) and "download=True" in str(e.value)
+    assert not calls  # a file named by the user is never fetched
+
+
+def test_an_altered_file_in_a_folder_is_used_with_a_warning(tmp_path):
+    path = write_npz(tmp_path / "pneumoniamnist.npz")
+    with pytest.warns(UserWarning) as caught:
+        assert len(load_medmnist("pneumoniamnist", tmp_path)) == 11
+    message = str(caught[0].message)
+    assert str(path) in message and "28209eda62fecd6e6a2d98b1501bb15f" in message
+    assert len(re.findall("[0-9a-f]{32}", message)) == 2
+    assert "delete it to download it anew" in message
+    assert caught[0].filename == __file__
+    load_medmnist("pneumoniamnist", path)  # named as a file: no check, no warning
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_labels": None}, "has arrays .*val_labels"),
+        ({"train_images": np.zeros((6, 28, 28), "f4")}, "train_images must be uint8"),
+        ({"val_images": np.zeros((3, 28), np.uint8)}, "val_images must be uint8"),
+        (
+            {"val_images": np.zeros((3, 28, 28, 4), np.uint8)},
+            "val_images must be uint8",
+        ),
+        ({"val_images": np.zeros((3, 28, 28, 3), np.uint8)}, "mixes grey and colour"),
+        ({"test_images": np.zeros((2, 64, 64), np.uint8)}, "64 x 64.*pass size=64"),
+        (
+            {"test_labels": np.zeros((3, 1), "u1")},
+            r"test_labels must be integers \[2, 1",
+        ),
+        ({"test_labels": np.zeros((2, 14), "u1")}, r"test_labels .*\[2, 14\]"),
+        ({"test_labels": np.zeros((2, 1))}, "test_labels must be integers.*float64"),
+        ({"test_labels": np.full((2, 1), 2)}, "labels 0..2, but pneumoniamnist has 2"),
+        ({"test_labels": np.full((2, 1), -1)}, "labels -1..1"),
+        (
+            {"test_labels": np.array([[1], [None]])},
+            "damaged or not an .npz",
+        ),  # a pickle
+    ],
+)
+def test_medmnist_refuses_a_file_with_other_contents(tmp_path, change, message):
+    path = write_npz(tmp_path / "wrong.npz", **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_medmnist("pneumoniamnist", path)
+    assert str(path) in str(caught.value)
+
+
+def test_medmnist_refuses_an_empty_set(tmp_path):
+    none = {
+        f"{s}_images": np.zeros((0, 28, 28), "u1") for s in ("train", "val", "test")
+    }
+    none |= {f"{s}_labels": np.zeros((0, 1), "u1") for s in ("train", "val", "test")}
+    with pytest.raises(ValueError, match="holds no image; delete it"):
+        load_medmnist("pneumoniamnist", write_npz(tmp_path / "none.npz", **none))
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "half", "flipped", "npy"])
+def test_medmnist_refuses_a_damaged_file(tmp_path, kind):
+    path = write_npz(tmp_path / "damaged.npz")
+    whole = path.read_bytes()
+    if kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        middle = whole[:200] + bytes(40) + whole[240:]
+        contents = {"empty": b"", "text": b"<html>", "half": whole[:900]}
+        path.write_bytes(contents.get(kind, middle))
+    with pytest.raises(ValueError, match="is damaged or not.*delete it") as caught:
+        load_medmnist("pneumoniamnist", path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "chestmnist"}, "several labels per image.*use pneumoniamnist"),
+        (
+            {"name": "PneumoniaMNIST"},
+            "unknown set 'PneumoniaMNIST'; .*'pneumoniamnist'",
+        ),
+        ({"name": "octmnist", "size": 32}, r"\(28, 64, 128, 224\), got 32"),
+    ],
+)
+def test_medmnist_refuses_other_names_and_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_medmnist(**arguments, download=False)
+
+
+# --------------------------------------------------------------------- image folders
+
+
+def save_image(path, level=0, shape=(6, 8), mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, shape[::-1], level).save(path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two hospitals; images are named so that creation order is not sorted order."""
+    root = tmp_path / "images"
+    for number, name in enumerate(
+        ["South/sick/b.png", "South/sick/a.PNG", "North/well/2.png", "North/sick/1.bmp"]
+    ):
+        save_image(root / name, level=10 * number)
+    return root
+
+
+def test_image_folder_is_read_in_sorted_order(tree):
+    arrays = load_image_folder(tree)
+    assert arrays.x[:, 0, 0].tolist() == [30, 20, 10, 0]
+    assert arrays.x.shape == (4, 6, 8)
+    assert arrays.classes == ("sick", "well")
+    assert arrays.y.tolist() == [0, 1, 0, 0]  # South has no folder `well`: allowed
+    assert arrays.site.tolist() == ["North", "North", "South", "South"]
+
+
+def test_image_folder_colour_and_size(tree):
+    save_image(
+        tree / "South/well/c.jpg", level=(200, 10, 10), shape=(30, 20), mode="RGB"
+    )
+    grey = load_image_folder(tree, image_size=5)
+    colour = load_image_folder(tree, image_size=5, grayscale=False)
+    assert (grey.x.shape, colour.x.shape) == ((5, 5, 5), (5, 5, 5, 3))
+    np.testing.assert_allclose(colour.x[-1, 2, 2], (200, 10, 10), atol=4)
+
+
+def test_image_folder_skips_hidden_files(tree):
+    (tree / ".DS_Store").write_text("")
+    (tree / "North" / "sick" / ".thumbnail.txt").write_text("")
+    (tree / "North" / ".cache").mkdir()
+    assert len(load_image_folder(tree)) == 4
+
+
+def test_image_folder_turns_a_photograph_upright(tmp_path):
+    path = tmp_path / "A" / "skin" / "photo.jpg"
+    path.parent.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways
+    Image.new("L", (20, 10)).save(path, exif=exif)
+    assert load_image_folder(tmp_path).x.shape == (1, 20, 10)
+
+
+def bad_trees(root):
+    """Ways to spoil the tree: what to do, and what the message must say."""
+
+    def write(name, contents):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(contents)
+
+    image = (root / "North/sick/1.bmp").read_bytes()
+    sixteen_bit = Image.fromarray(np.zeros((6, 8), np.uint16))
+    return {
+        "no class": (
+            lambda: (root / "West").mkdir(),
+            ["West has no class folders", "<hospital>/<class>"],
+        ),
+        "empty class": (
+            lambda: (root / "North/unsure").mkdir(),
+            ["North/unsure has no images", "remove the folder"],
+        ),
+        "other file": (
+            lambda: write("North/sick/scan.dcm", b"DICM"),
+            ["North/sick/scan.dcm is not an image file", "convert it"],
+        ),
+        "nested": (
+            lambda: (root / "North/sick/patient 7.png").mkdir(),
+            ["patient 7.png is not an image file"],
+        ),
+        "broken": (
+            lambda: write("North/sick/x.png", b"not a picture"),
+            ["cannot read", "North/sick/x.png", "remove the file"],
+        ),
+        "cut": (
+            lambda: write("North/sick/x.bmp", image[:-20]),
+            ["cannot read", "North/sick/x.bmp"],
+        ),
+        "two sizes": (
+            lambda: save_image(root / "South/sick/z.png", shape=(6, 9)),
+            ["North/sick/1.bmp is 8 x 6", "South/sick/z.png is 9 x 6", "image_size"],
+        ),
+        "case": (
+            lambda: save_image(root / "South/Sick/z.png"),
+            ["['Sick', 'sick']", "one spelling"],
+        ),
+        "file link": (
+            lambda: (root / "North/sick/l.png").symlink_to(root / "South/sick/b.png"),
+            ["North/sick/l.png is a symbolic link", "the files themselves"],
+        ),
+        "folder link": (
+            lambda: (root / "North/link").symlink_to(root / "South/sick"),
+            ["North/link is a symbolic link"],
+        ),
+        "16 bit": (
+            lambda: sixteen_bit.save(root / "North/sick/deep.png"),
+            ["North/sick/deep.png", "I;16", "8-bit", "window"],
+        ),
+        "film": (
+            lambda: Image.new("L", (8, 6)).save(
+                root / "North/sick/film.tif",
+                save_all=True,
+                append_images=[Image.new("L", (8, 6))],
+            ),
+            ["North/sick/film.tif has 2 frame(s)"],
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    "no class,empty class,other file,nested,broken,cut,two sizes,case,file link,"
+    "folder link,16 bit,film".split(","),
+)
+def test_image_folder_refuses_a_bad_tree(tree, kind):
+    spoil, expected = bad_trees(tree)[kind]
+    assert len(load_image_folder(tree)) == 4
+    spoil()
+    with pytest.raises(ValueError) as caught:
+        load_image_folder(tree)
+    for words in expected:
+        assert words in str(caught.value).replace("\\", "/")
+
+
+def test_image_folder_missing_or_without_hospitals(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere is not a folder; pass the one"
+    ):
+        load_image_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no hospital folders; expected"):
+        load_image_folder(tmp_path)
+
+
+# --------------------------------------------------------------------- heart disease
+
+# Hospital: rows of the UCI files, rows without a missing value (du Terrail et al. 2022,
+# Fed-Heart-Disease).
+PUBLISHED = {
+    "Cleveland": (303, 303),
+    "Hungary": (294, 261),
+    "Switzerland": (123, 46),
+    "VA Long Beach": (200, 130),
+}
+
+
+def test_heart_disease_has_the_published_rows():
+    complete, every = load_heart_disease(), load_heart_disease(complete_only=False)
+    for site, (rows, complete_rows) in PUBLISHED.items():
+        assert (every.site == site).sum() == rows
+        assert (complete.site == site).sum() == complete_rows
+    assert (complete.x.shape, every.x.shape) == ((740, 13), (920, 13))
+    assert set(every.site) == set(PUBLISHED)
+    assert not np.isnan(complete.x).any() and np.isnan(every.x).any()
+    assert len(complete.features) == 13 and complete.x.dtype == np.float32
+
+
+def test_heart_disease_values_are_in_clinical_units():
+    arrays = load_heart_disease(complete_only=False)
+    column = dict(zip(arrays.features, arrays.x.T, strict=True))
+    for name in ("sex_male", "fasting_sugar_high", "exercise_angina", "ecg_st_t"):
+        assert set(np.unique(column[name][~np.isnan(column[name])])) == {0, 1}
+    assert (28, 77) == (column["age"].min(), column["age"].max())
+    pain = sum(column[f"pain_{k}"] for k in ("atypical", "non_anginal", "none"))
+    assert set(pain) == {0, 1}  # one kind at most; typical angina is the reference
+    assert np.nanmax(column["max_heart_rate"]) < 220  # not scaled
+    assert (column["cholesterol"][arrays.site == "Switzerland"] == 0).all()
+
+
+def test_card_of_heart_disease_shows_the_true_label_mix():
+    complete, every = load_heart_disease(), load_heart_disease(complete_only=False)
+    for site in PUBLISHED:
+        cells = [site]
+        for arrays in (every, complete):
+            y = arrays.y[arrays.site == site]
+            cells += [str(len(y)), f"{y.sum()} ({100 * y.mean():.0f} %)"]
+        assert f"| {' | '.join(cells)} |" in CARDS
+
+
+def clean_heart_disease(path):
+    """The steps of data/README.md, written out: rows of the committed table."""
+    flags = {"True": "1", "TRUE": "1", "False": "0", "FALSE": "0", "": ""}
+    with path.open(newline="") as file:
+        patients = sorted(csv.DictReader(file), key=lambda r: int(r["id"]))
+    for p in patients:
+        p["dataset"] = "Hungary" if p["id"] == "304" else p["dataset"]
+    for p in sorted(patients, key=lambda r: r["dataset"]):
+        numbers = [p[k] for k in ("trestbps", "chol")] + [flags[p["fbs"]], p["thalch"]]
+        numbers += [flags[p["exang"]], p["oldpeak"]]
+        pain = [
+            p["cp"] == k for k in ("atypical angina", "non-anginal", "asymptomatic")
+        ]
+        ecg = [p["restecg"] == k for k in ("st-t abnormality", "lv hypertrophy")]
+        ecg = [str(int(e)) if p["restecg"] else "" for e in ecg]
+        row = [p["age"], str(int(p["sex"] == "Male")), *numbers, *map(int, pain), *ecg]
+        row.append(int(int(p["num"]) > 0))
+        yield p["dataset"], [float(v) if v != "" else None for v in row]
+
+
+def test_committed_table_follows_from_the_source_by_the_documented_steps():
+    expected = list(clean_heart_disease(shared_file("heart_disease_uci.csv")))
+    with HEART_DISEASE_CSV.open(newline="") as file:
+        _, *lines = csv.reader(file)
+    found = [(s, [float(v) if v else None for v in rest]) for s, *rest in lines]
+    assert found == expected
+
+
+def spoiled(tmp_path, **cells):
+    """A copy of the table's first rows with cells of row 3 (a line number) replaced."""
+    header, *lines = HEART_DISEASE_CSV.read_text().splitlines()[:6]
+    row = dict(zip(header.split(","), lines[1].split(","), strict=True)) | cells
+    lines[1] = ",".join(row.values())
+    path = tmp_path / "heart.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def test_heart_disease_reads_another_file_and_leaves_out_incomplete_rows(tmp_path):
+    path = spoiled(tmp_path, cholesterol="")
+    assert len(load_heart_disease(path)) == 4
+    kept = load_heart_disease(path, complete_only=False)
+    assert np.argwhere(np.isnan(kept.x)).tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"age": "old"}, "row 3, column 'age': 'old' is not a number; .*empty"),
+        ({"st_depression": "nan"}, "row 3, column 'st_depression': 'nan'"),
+        ({"st_depression": "inf"}, "row 3, column 'st_depression': 'inf'"),
+        ({"disease": ""}, "row 3, column 'disease': ''; give 0 or 1"),
+        ({"disease": "2"}, "row 3, column 'disease': '2'"),
+        ({"site": " "}, "row 3, column 'site': empty; name the hospital"),
+        ({"age": "1,2"}, "row 3: 16 cells, expected 15"),
+    ],
+)
+def test_heart_disease_names_the_bad_cell(tmp_path, cells, message):
+    path = spoiled(tmp_path, **cells)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_heart_disease(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "has columns .*expected"),
+        (b"age;sex\n1;2\n", "has columns .*age;sex.*expected"),
+        (b"PK\x03\x04\xff\xfe", "has columns .*expected"),
+    ],
+)
+def test_heart_disease_refuses_other_files(tmp_path, contents, message):
+    path = tmp_path / "other.csv"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_heart_disease(path)
+    assert str(path) in str(caught.value)
+
+
+def test_heart_disease_without_rows(tmp_path):
+    header, first, *_ = HEART_DISEASE_CSV.read_text().splitlines()
+    path = tmp_path / "short.csv"
+    path.write_text(header + "\n")
+    with pytest.raises(ValueError, match="short.csv has no rows.*copy the file anew"):
+        load_heart_disease(path)
+    path.write_text(header + "\n" + first.replace(",233,", ",,") + "\n")
+    with pytest.raises(ValueError, match="short.csv: none of 1 rows is complete"):
+        load_heart_disease(path)
+
+
+def test_heart_disease_missing_says_where_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"heart\.csv does not exist") as caught:
+        load_heart_disease(tmp_path / "heart.csv")
+    assert "10.24432/C52P4X" in str(caught.value) and "path=" in str(caught.value)
+
+
+# ------------------------------------------------------------------------ copied alone
+
+
+@pytest.mark.parametrize("name", ["data", "synthetic_cxr"])
+def test_a_copied_file_works_alone(tmp_path, name):
+    source = (ROOT / "fl_helpers" / f"{name}.py").read_text(encoding="utf-8")
+    (tmp_path / f"copied_{name}.py").write_text(source, encoding="utf-8")
+    use = {
+        "data": "import sys, copied_data as d\n"
+        "assert not {'torch', 'torchvision', 'PIL'} & set(sys.modules)\n"
+        "try: d.load_heart_disease()\n"
+        "except FileNotFoundError as e: assert 'copy heart_disease.csv' in str(e)\n"
+        "else: raise SystemExit('found a table that is not there')",
+        "synthetic_cxr": "import copied_synthetic_cxr as s\n"
+        "assert len(s.synthetic_cxr([3, 2])) == 5",
+    }[name]
+    subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, timeout=120)
