@@ -29,7 +29,7 @@ from fl_helpers.training import cosine_lr, evaluate, train_locally
 SIZES = (1200, 900, 600, 300)
 TEST_SHARE, VALIDATION_SHARE = 0.75, 0.25
 ROUNDS, LOCAL_EPOCHS, BATCH_SIZE = 12, 2, 16
-LEARNING_RATES = (0.005, 0.01, 0.02, 0.04, 0.08)
+LEARNING_RATES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 SEEDS = (100, 101, 102, 103)
 
 
