@@ -25,7 +25,8 @@ def record(**results: Value) -> None:
     from IPython.display import display  # only a notebook has a display
 
     shown = "\n".join(f"{name} = {value}" for name, value in results.items())
-    display({MIME: results, "text/plain": shown}, raw=True)
+    pairs = [[name, value] for name, value in results.items()]  # JSON keeps this order
+    display({MIME: pairs, "text/plain": shown}, raw=True)
 
 
 def read_recorded(path: str | Path) -> dict[str, Value]:
@@ -34,5 +35,5 @@ def read_recorded(path: str | Path) -> dict[str, Value]:
     outputs = (output for cell in cells for output in cell.get("outputs", []))
     results: dict[str, Value] = {}
     for output in outputs:
-        results |= output.get("data", {}).get(MIME, {})
+        results |= dict(output.get("data", {}).get(MIME, []))
     return results
