@@ -1,0 +1,38 @@
+"""A tiny federation: two unequal silos and two small models."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Fix the order of additions, and leave the other core to other work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def silos():
+    """Silo "a" with 40 rows and "b" with 24, two classes, [N, 1, 16, 16]."""
+    rng = torch.Generator().manual_seed(0)
+
+    def silo(name, n):
+        x = torch.randn(n, 1, 16, 16, generator=rng)
+        y = torch.arange(n) % 2
+        x[y == 1] += 0.5
+        return SimpleNamespace(name=name, train=(x, y), test=(x, y))
+
+    return [silo("a", 40), silo("b", 24)]
+
+
+def linear_model():
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+
+
+def batchnorm_model():
+    """Has floating buffers and an integer one, as real models do."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 2)
+    )

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_helpers.silos import (
+    make_silos,
+    partition_by_quantity,
+    partition_by_site,
+    partition_dirichlet,
+    partition_iid,
+    pool_silos,
+    split_silo,
+    summarize_silos,
+    to_tensor,
+)
+
+Y = np.repeat([0, 1, 2], [300, 200, 100])
+PARTITIONERS = {
+    "iid": lambda y, n, seed: partition_iid(y, n, seed=seed),
+    "quantity": lambda y, n, seed: partition_by_quantity(y, range(1, n + 1), seed=seed),
+    "dirichlet": lambda y, n, seed: partition_dirichlet(y, n, 1.0, seed=seed),
+    "site": lambda y, n, seed: partition_by_site(
+        np.array(["A", "B"])[np.arange(len(y)) % 2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTITIONERS)
+@settings(deadline=None, max_examples=30)
+@given(
+    num_silos=st.integers(1, 12),
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(50, 300),
+)
+def test_every_row_is_in_exactly_one_silo(name, num_silos, seed, rows):
+    y = np.random.default_rng(seed).integers(3, size=rows)
+    partition = PARTITIONERS[name](y, num_silos, seed)
+    together = np.concatenate(list(partition.values()))
+    assert np.array_equal(np.sort(together), np.arange(rows))
+    again = PARTITIONERS[name](y, num_silos, seed)
+    assert all(np.array_equal(partition[k], again[k]) for k in partition)
+
+
+def counts(partition):
+    return np.array([np.bincount(Y[rows], minlength=3) for rows in partition.values()])
+
+
+def test_iid_deals_equal_shares_and_the_seed_matters():
+    partition = partition_iid(Y, 4, seed=0)
+    assert list(partition) == ["Hospital A", "Hospital B", "Hospital C", "Hospital D"]
+    assert [len(rows) for rows in partition.values()] == [150] * 4
+    assert not np.array_equal(
+        partition["Hospital A"], partition_iid(Y, 4, seed=1)["Hospital A"]
+    )
+
+
+def test_quantity_keeps_the_label_mix():
+    partition = partition_by_quantity(Y, [4, 1], seed=0)
+    assert counts(partition).tolist() == [[240, 160, 80], [60, 40, 20]]  # 4/5 and 1/5
+
+
+def test_quantity_can_leave_rows_to_nobody():
+    partition = partition_by_quantity(Y, [2, 1], seed=0, num_rows=300)
+    assert counts(partition).tolist() == [[100, 67, 33], [50, 33, 17]]  # half of each
+    with pytest.raises(ValueError, match="num_rows=601, but there are only 600"):
+        partition_by_quantity(Y, [1, 1], seed=0, num_rows=601)
+
+
+def test_label_skew_grows_as_alpha_falls():
+    def skew(alpha):
+        draws = [counts(partition_dirichlet(Y, 4, alpha, seed=s)) for s in range(20)]
+        mixes = [c / c.sum(1, keepdims=True) for c in draws]
+        return np.mean(
+            [np.abs(m - np.array([3, 2, 1]) / 6).sum(1).mean() for m in mixes]
+        )
+
+    assert skew(100) < skew(1) < skew(0.1)
+    assert skew(10_000) < 0.05  # nearly the overall mix
+
+
+def test_dirichlet_keeps_a_minimum_or_says_that_it_cannot():
+    partition = partition_dirichlet(Y, 4, 0.3, seed=0, min_per_class=5)
+    assert counts(partition).min() >= 5
+    with pytest.raises(ValueError, match="larger alpha"):
+        partition_dirichlet(Y, 4, 0.01, seed=0, min_per_class=20, max_draws=20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: partition_dirichlet(Y, 4, 0, seed=0), "alpha must be > 0, got 0"),
+        (lambda: partition_iid(Y, 0, seed=0), "cannot divide 600 rows among 0"),
+        (lambda: partition_iid(Y[:3], 4, seed=0), "cannot divide 3 rows among 4"),
+        (lambda: partition_by_quantity(Y, [1, 0], seed=0), "shares must all be > 0"),
+        (lambda: partition_iid(Y.astype(float), 2, seed=0), "class indices"),
+        (lambda: partition_by_site(np.array([])), "no rows"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+X = np.random.default_rng(0).integers(256, size=(600, 8, 8), dtype=np.uint8)
+
+
+def test_silos_split_each_class_and_do_not_depend_on_each_other():
+    partition = partition_by_quantity(Y, [2, 1], seed=0)
+    silos = make_silos(X, Y, partition, test_share=0.25, seed=0)
+    assert torch.bincount(silos[0].test.y).tolist() == [50, 33, 17]  # 1/4 of 200 133 67
+    assert len(silos[0].train.y) + len(silos[0].test.y) == 400
+    alone = make_silos(
+        X, Y, {"Hospital B": partition["Hospital B"]}, test_share=0.25, seed=0
+    )
+    assert torch.equal(alone[0].train.x, silos[1].train.x)
+    shuffled = dict(reversed(partition.items()))
+    again = make_silos(X, Y, shuffled, test_share=0.25, seed=0)
+    assert [silo.name for silo in again] == ["Hospital A", "Hospital B"]
+    assert torch.equal(again[0].test.x, silos[0].test.x)
+
+
+def test_training_and_test_rows_are_different_rows():
+    x = np.arange(600 * 64, dtype=np.float32).reshape(600, 64)
+    (silo,) = make_silos(x, Y, {"A": np.arange(600)}, test_share=0.5, seed=3)
+    train, test = set(silo.train.x[:, 0].tolist()), set(silo.test.x[:, 0].tolist())
+    assert not train & test and len(train | test) == 600
+
+
+def test_pool_and_summary():
+    silos = make_silos(X, Y, partition_iid(Y, 3, seed=0), test_share=0.5, seed=0)
+    pooled = pool_silos(silos)
+    assert len(pooled.train.y) == sum(len(silo.train.y) for silo in silos)
+    rows = summarize_silos(silos, ("n", "p", "e"))
+    assert [row["silo"] for row in rows] == [silo.name for silo in silos]
+    assert rows[0]["n"] + rows[0]["p"] + rows[0]["e"] == rows[0]["train"]
+    assert rows[0]["train"] + rows[0]["test"] == 200
+
+
+def test_images_are_scaled_by_constants():
+    grey = to_tensor(np.array([[[0, 255]]], dtype=np.uint8))
+    assert grey.shape == (1, 1, 1, 2) and grey.flatten().tolist() == [-2, 2]  # ±.5/.25
+    assert to_tensor(np.zeros((2, 5, 6, 3), dtype=np.uint8)).shape == (2, 3, 5, 6)
+    assert to_tensor(np.array([[1.5, 2.5]])).tolist() == [[1.5, 2.5]]
+    with pytest.raises(ValueError, match="uint8 images"):
+        to_tensor(np.zeros((2, 5, 6)))
+
+
+def test_a_silo_without_test_rows_is_named():
+    with pytest.raises(ValueError, match="'tiny' with 1 rows"):
+        make_silos(X, Y, {"tiny": np.array([0])}, test_share=0.25, seed=0)
+    with pytest.raises(ValueError, match="test_share must lie between 0 and 1"):
+        make_silos(X, Y, {"A": np.arange(9)}, test_share=1.0, seed=0)
+
+
+def test_validation_split_of_a_training_set():
+    (silo,) = make_silos(X, Y, {"A": np.arange(600)}, test_share=0.5, seed=0)
+    tuning = split_silo("A", silo.train, test_share=0.2, seed=0)
+    assert len(tuning.test.y) == 60 and len(tuning.train.y) == 240

@@ -1,0 +1,190 @@
+import copy
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import batchnorm_model, linear_model
+from sklearn import metrics as sk
+from torch import nn
+
+from fl_helpers.training import (
+    classification_metrics,
+    cosine_lr,
+    evaluate,
+    num_steps,
+    train_locally,
+)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def train(model, silo, **options):
+    defaults = dict(epochs=1, lr=0.1, batch_size=8, rng=rng())
+    return train_locally(model, silo, **(defaults | options))
+
+
+def test_one_step_is_plain_gradient_descent():
+    # Squared error of w * x with x = 2, y = 1, w = 3: gradient 2 (3*2 - 1) 2 = 20.
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 3.0)
+    silo = SimpleNamespace(
+        name="a", train=(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    )
+    options = dict(lr=0.01, momentum=0, weight_decay=0)
+    update = train(model, silo, loss_fn=nn.functional.mse_loss, **options)
+    assert update.params["weight"].item() == pytest.approx(3 - 0.01 * 20)
+    assert update.metrics == {"train_loss": 25.0, "steps": 1.0}
+    assert update.num_examples == 1 and update.silo == "a"
+
+
+def test_equals_a_hand_written_loop_bit_for_bit(silos):
+    torch.manual_seed(0)
+    mine = batchnorm_model()
+    theirs = copy.deepcopy(mine)
+    update = train(mine, silos[0], epochs=2, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-4
+    )
+    (x, y), generator = silos[0].train, rng()
+    for _ in range(2):
+        for batch in torch.randperm(40, generator=generator).split(8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(theirs(x[batch]), y[batch]).backward()
+            optimizer.step()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(update.params[name], value), name
+
+
+def test_steps_leave_out_the_incomplete_batch(silos):
+    assert num_steps(40, epochs=2, batch_size=16) == 4  # 40 // 16 = 2 per epoch
+    assert num_steps(5, epochs=3, batch_size=16) == 3  # all five in one batch
+    assert num_steps(40, epochs=0.5, batch_size=4) == 5
+    assert num_steps(40, epochs=0.001, batch_size=4) == 1
+    assert (
+        train(linear_model(), silos[0], batch_size=16, epochs=2).metrics["steps"] == 4
+    )
+
+
+def test_proximal_term_is_the_gradient_of_its_penalty(silos):
+    torch.manual_seed(0)
+    mine, start = linear_model(), None
+    start = copy.deepcopy(mine)
+    theirs = copy.deepcopy(mine)
+    options = dict(momentum=0, weight_decay=0, batch_size=20, epochs=1, lr=0.1)
+    update = train(mine, silos[0], proximal_mu=0.7, **options)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
+    x, y = silos[0].train
+    for batch in torch.randperm(40, generator=rng()).split(20):
+        pairs = zip(theirs.parameters(), start.parameters(), strict=True)
+        penalty = 0.7 / 2 * sum(((p - q) ** 2).sum() for p, q in pairs)
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(theirs(x[batch]), y[batch]) + penalty).backward()
+        optimizer.step()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(update.params[name], value)
+
+
+def test_same_rng_same_weights_and_another_rng_others(silos):
+    torch.manual_seed(0)
+    model = linear_model()
+    runs = [train(copy.deepcopy(model), silos[0], rng=rng(s)) for s in (1, 1, 2)]
+    first, second, third = (run.params["1.weight"] for run in runs)
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_dropout_draws_from_the_rng_also_in_threads(silos):
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 2))
+    before = torch.random.get_rng_state()
+    expected = train(copy.deepcopy(model), silos[0]).params["2.weight"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    results = []
+    work = lambda: results.append(train(copy.deepcopy(model), silos[0]))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(results) == 4
+    assert all(torch.equal(r.params["2.weight"], expected) for r in results)
+
+
+def test_params_are_copies(silos):
+    model = linear_model()
+    update = train(model, silos[0])
+    kept = update.params["1.weight"].clone()
+    train(model, silos[0])
+    assert torch.equal(update.params["1.weight"], kept)
+
+
+def test_divergence_names_the_silo(silos):
+    with pytest.raises(FloatingPointError, match="'a'.*smaller lr"):
+        train(linear_model(), silos[0], lr=1e30, epochs=5)
+
+
+@pytest.mark.parametrize("option", ["epochs", "lr", "batch_size"])
+def test_bad_settings_are_named(silos, option):
+    with pytest.raises(ValueError, match=f"{option} must be > 0, got 0"):
+        train(linear_model(), silos[0], **{option: 0})
+
+
+def test_empty_or_mismatched_data_is_refused():
+    for x, y in (
+        (torch.zeros(0, 256), torch.zeros(0)),
+        (torch.zeros(3, 256), torch.zeros(2)),
+    ):
+        with pytest.raises(ValueError, match="'x' has .* labels"):
+            train(linear_model(), SimpleNamespace(name="x", train=(x, y)))
+
+
+def test_cosine_goes_from_lr_to_nearly_zero():
+    assert cosine_lr(0.2, 0, 10) == 0.2
+    assert cosine_lr(0.2, 5, 10) == pytest.approx(0.1)  # half way: cos = 0
+    assert 0 < cosine_lr(0.2, 9, 10) < 0.01
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_metrics_equal_scikit_learn(num_classes):
+    rng_ = np.random.default_rng(0)
+    y = rng_.integers(num_classes, size=300)
+    scores = rng_.normal(size=(300, num_classes)) + 1.5 * np.eye(num_classes)[y]
+    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    p = p.round(1) + 1e-3  # many ties
+    p /= p.sum(1, keepdims=True)
+    got = classification_metrics(torch.tensor(p), torch.tensor(y))
+    said = p.argmax(1)
+    auroc = (
+        sk.roc_auc_score(y, p[:, 1])
+        if num_classes == 2
+        else sk.roc_auc_score(y, p, multi_class="ovr", average="macro")
+    )
+    assert got["auroc"] == pytest.approx(auroc)
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(y, said))
+    assert got["balanced_accuracy"] == pytest.approx(
+        sk.balanced_accuracy_score(y, said)
+    )
+    for k in range(num_classes):
+        sensitivity = sk.recall_score(y == k, said == k)
+        specificity = sk.recall_score(y != k, said != k)
+        assert got[f"sensitivity_{k}"] == pytest.approx(sensitivity)
+        assert got[f"specificity_{k}"] == pytest.approx(specificity)
+
+
+def test_an_absent_class_is_not_counted():
+    p = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
+    got = classification_metrics(p, torch.tensor([0, 1, 1]))  # class 2 absent
+    assert np.isnan(got["sensitivity_2"])
+    assert got["balanced_accuracy"] == pytest.approx(0.75)  # (1/1 + 1/2) / 2
+
+
+def test_loss_is_per_example_and_mode_is_restored(silos):
+    model = batchnorm_model().train()
+    x, y = silos[0].train
+    got = evaluate(model, (x, y), batch_size=7)  # 40 = 5 * 7 + 5
+    assert model.training
+    model.eval()
+    expected = nn.functional.cross_entropy(model(x), y).item()
+    assert got["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="cannot evaluate 0"):
+        evaluate(model, (x[:0], y[:0]))
