@@ -1,0 +1,288 @@
+import copy
+import weakref
+
+import pytest
+import torch
+from conftest import batchnorm_model, linear_model
+from torch import nn
+
+import fl_helpers.simulation as simulation
+from fl_helpers.aggregation import weighted_average
+from fl_helpers.simulation import run_alone, run_rounds, silo_rng, state_bytes
+from fl_helpers.training import train_locally
+
+
+def client(make_model, **options):
+    options = dict(epochs=1, lr=0.1, batch_size=8) | options
+
+    def client_update(params, silo, *, round_index, rng):
+        model = make_model()
+        model.load_state_dict(params)
+        return train_locally(model, silo, rng=rng, **options)
+
+    return client_update
+
+
+def start(make_model):
+    torch.manual_seed(0)
+    return make_model().state_dict()
+
+
+def run(silos, make_model=batchnorm_model, **options):
+    options = dict(rounds=3, seed=0, progress=False) | options
+    return run_rounds(
+        start(make_model), silos, client(make_model), weighted_average, **options
+    )
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_one_silo_is_centralized_training_bit_for_bit(silos):
+    silo = silos[0]
+    plain = dict(momentum=0, weight_decay=0)
+    history = run_rounds(
+        start(batchnorm_model),
+        [silo],
+        client(batchnorm_model, **plain),
+        weighted_average,
+        rounds=4,
+        seed=7,
+        progress=False,
+    )
+    model = batchnorm_model()
+    model.load_state_dict(start(batchnorm_model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = silo.train
+    for round_index in range(4):
+        rng = silo_rng(7, silo.name, round_index)
+        for batch in torch.randperm(len(x), generator=rng).split(8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    assert_equal(history.params, model.state_dict())
+
+
+def test_equal_silos_with_one_full_batch_step_are_a_pooled_step(silos):
+    x, y = silos[0].train
+    parts = [copy.copy(silos[0]) for _ in range(4)]
+    for k, part in enumerate(parts):  # four silos of ten rows each
+        part.name, part.train = (
+            f"s{k}",
+            (x[k * 10 : k * 10 + 10], y[k * 10 : k * 10 + 10]),
+        )
+    step = client(linear_model, batch_size=40, momentum=0, weight_decay=0)
+    history = run_rounds(
+        start(linear_model),
+        parts,
+        step,
+        weighted_average,
+        rounds=1,
+        seed=0,
+        progress=False,
+    )
+    model = linear_model()
+    model.load_state_dict(start(linear_model))
+    nn.functional.cross_entropy(model(x), y).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(history.params[name], weight - 0.1 * weight.grad)
+
+
+def test_order_of_silos_and_number_of_workers_do_not_change_a_bit(silos):
+    expected = run(silos, workers=1).params
+    assert_equal(run(silos[::-1], workers=1).params, expected)
+    assert_equal(run(silos, workers=2).params, expected)
+    assert not torch.equal(run(silos, seed=1).params["3.weight"], expected["3.weight"])
+
+
+def test_alone_is_a_federation_of_one(silos):
+    args = dict(rounds=3, seed=0, progress=False)
+    alone = run_alone(start(batchnorm_model), silos, client(batchnorm_model), **args)
+    for silo in silos:
+        assert_equal(alone[silo.name], run([silo]).params)
+
+
+def many(silos, count):
+    out = []
+    for k in range(count):
+        silo = copy.copy(silos[k % 2])
+        silo.name = f"silo {k:02d}"
+        out.append(silo)
+    return out
+
+
+def test_sampling_draws_the_stated_number_and_reaches_everybody(silos):
+    history = run(many(silos, 6), linear_model, rounds=20, silos_per_round=2)
+    drawn = [tuple(record["silos"]) for record in history.rounds]
+    assert all(len(set(names)) == 2 and list(names) == sorted(names) for names in drawn)
+    assert {name for names in drawn for name in names} == {
+        f"silo {k:02d}" for k in range(6)
+    }
+    again = run(many(silos, 6), linear_model, rounds=20, silos_per_round=2)
+    assert drawn == [tuple(record["silos"]) for record in again.rounds]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("crash_after", [0, 2, 4])
+def test_resume_gives_the_same_bits(silos, tmp_path, every, crash_after):
+    options = dict(rounds=6, silos_per_round=3, evaluate=lambda p, s: {"m": 1.0})
+    expected = run(many(silos, 5), **options)
+
+    def crash(record, params):
+        if record["round"] == crash_after:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "run.pt"
+    kept = dict(checkpoint=file, checkpoint_every=every)
+    with pytest.raises(KeyboardInterrupt):
+        run(many(silos, 5), on_round=crash, **kept, **options)
+    resumed = run(many(silos, 5), **kept, **options)
+    assert_equal(resumed.params, expected.params)
+    without_time = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in h.rounds]
+        for h in (resumed, expected)
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_a_foreign_or_broken_checkpoint_is_refused_and_kept(silos, tmp_path):
+    file = tmp_path / "run.pt"
+    run(silos, checkpoint=file)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(silos, checkpoint=file, seed=5)
+    broken = file.read_bytes()[:100]
+    file.write_bytes(broken)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        run(silos, checkpoint=file)
+    assert file.read_bytes() == broken
+
+
+def test_a_crash_while_writing_keeps_the_old_checkpoint(silos, tmp_path, monkeypatch):
+    file = tmp_path / "run.pt"
+    run(silos, rounds=1, checkpoint=file)
+    before = file.read_bytes()
+
+    def fail(content, target):
+        target.write(b"half a fi")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(simulation.torch, "save", fail)
+    with pytest.raises(OSError):
+        run(silos, rounds=2, checkpoint=file)
+    assert file.read_bytes() == before
+    monkeypatch.undo()
+    assert_equal(
+        run(silos, rounds=2, checkpoint=file).params, run(silos, rounds=2).params
+    )
+
+
+def test_history_counts_bytes_and_collects_metrics(silos):
+    history = run(
+        silos,
+        linear_model,
+        rounds=4,
+        evaluate_every=3,
+        evaluate=lambda params, silo: {"rows": float(len(silo.train[1]))},
+    )
+    one = (256 * 2 + 2) * 4  # weights and biases, float32
+    assert state_bytes(history.params) == one
+    assert [r["bytes_up"] for r in history.rounds] == [2 * one] * 4
+    assert history.bytes_sent == 4 * 2 * 2 * one
+    assert history.per_silo("rows") == {"a": [40.0, 40.0], "b": [24.0, 24.0]}
+    assert history.mean("rows") == [32.0, 32.0]  # rounds 3 and 4
+    assert set(history.rounds[0]["train"]) == {"a", "b"}
+    assert history.rounds[0]["seconds"] > 0
+
+
+def test_thread_count_and_initial_params_are_left_as_found(silos):
+    torch.set_num_threads(2)
+    params = start(batchnorm_model)
+    before = copy.deepcopy(params)
+    seen = []
+
+    def failing(given, silo, *, round_index, rng):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("disk full at the hospital")
+
+    for workers in (1, 2):
+        with pytest.raises(RuntimeError, match="disk full"):
+            run_rounds(
+                params,
+                silos,
+                failing,
+                weighted_average,
+                rounds=1,
+                seed=0,
+                workers=workers,
+                progress=False,
+            )
+        assert torch.get_num_threads() == 2
+    assert set(seen) == {1}
+    assert_equal(params, before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_few_updates_exist_at_a_time(silos, workers):
+    alive, most = [], 0
+    inner = client(linear_model)
+
+    def counted(params, silo, *, round_index, rng):
+        update = inner(params, silo, round_index=round_index, rng=rng)
+        alive.append(weakref.ref(update.params["1.weight"]))
+        return update
+
+    def aggregate(updates):
+        def watched():
+            nonlocal most
+            for update in updates:
+                most = max(most, sum(ref() is not None for ref in alive))
+                yield update
+
+        return weighted_average(watched())
+
+    run_rounds(
+        start(linear_model),
+        many(silos, 50),
+        counted,
+        aggregate,
+        rounds=1,
+        seed=0,
+        workers=workers,
+        progress=False,
+    )
+    # `workers` running + finished ones ahead, and the one being averaged.
+    assert len(alive) == 50 and most <= 2 * workers + 1
+
+
+def test_silo_rng_depends_on_its_arguments_only():
+    def draw(*key):
+        return torch.rand(1, generator=silo_rng(*key)).item()
+
+    keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0), (0, "a/0", 0)]
+    first = [draw(*key) for key in keys]
+    assert len(set(first)) == len(keys)
+    assert [draw(*key) for key in reversed(keys)] == first[::-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rounds=0), "rounds must be >= 1, got 0"),
+        (dict(silos_per_round=3), "silos_per_round must be 1 to 2"),
+        (dict(silos_per_round=0), "silos_per_round must be 1 to 2"),
+        (dict(evaluate_every=0), "evaluate_every must be >= 1"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(silos, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(silos, **change)
+
+
+def test_silos_need_different_names(silos):
+    with pytest.raises(ValueError, match="no silos"):
+        run([])
+    with pytest.raises(ValueError, match=r"used twice: \['a'\]"):
+        run([silos[0], silos[0]])
