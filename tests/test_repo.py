@@ -1,0 +1,202 @@
+"""Rules that keep the project small, honest and copyable."""
+
+import ast
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HELPERS = sorted((ROOT / "fl_helpers").glob("[a-z]*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "data/README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
+by_name = dict(ids=lambda path: path.name)
+
+ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
+    "data.py": {"torchvision", "PIL"},
+    "models.py": {"torchvision"},
+    "plots.py": {"matplotlib"},
+    "record.py": {"nbformat", "IPython"},
+    "simulation.py": {"tqdm"},
+}
+
+
+def imported(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." if node.level else node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", HELPERS, **by_name)
+def test_helper_imports_no_sibling_and_one_library(path):
+    allowed = (
+        sys.stdlib_module_names | {"numpy", "torch"} | ONE_LIBRARY.get(path.name, set())
+    )
+    extra = set(imported(path.read_text())) - allowed
+    assert not extra, (
+        f"{path.name} imports {extra}; inline it, or say why in ONE_LIBRARY"
+    )
+
+
+@pytest.mark.parametrize("path", HELPERS, **by_name)
+def test_helper_works_when_copied_alone(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    code = f"import {path.stem}; print({path.stem}.__doc__.splitlines()[0])"
+    done = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c",
+         f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; {code}"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("path", HELPERS, **by_name)
+def test_helper_functions_can_be_seen_whole(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            length = node.end_lineno - node.lineno - docstring.count("\n")
+            assert length <= 55, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_nothing_unpickles_but_our_own_checkpoint():
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in HELPERS
+        for line in path.read_text().splitlines()
+        if re.search(r"torch\.load\(|import pickle|allow_pickle=True", line)
+    ]
+    assert len(found) == 1 and "weights_only=True" in found[0], found
+
+
+@pytest.fixture(params=NOTEBOOKS, **by_name)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def lines(cell):
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def test_notebook_keeps_its_budget(notebook):
+    code = code_cells(notebook)
+    text = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    lengths = [lines(cell) for cell in code]
+    assert 20 <= len(notebook.cells) <= 44
+    assert len(code) <= len(text) + 3
+    assert max(lengths) <= 31 and statistics.median(lengths) <= 8, lengths
+    assert sum(lengths) <= 210
+    assert sum(len(cell.source.split()) for cell in text) <= 1700
+    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 88
+
+
+def test_notebook_has_the_parts_of_the_template(notebook):
+    code = code_cells(notebook)
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert len(re.findall(r"(?m)^# ", text)) == 1
+    for heading in ("## Check", "## What left the silo?", "## Recap"):
+        assert heading in text, heading
+    assert "**Try it.**" in text and "**Next.**" in text
+    assert "| You will | Needs | Time | Data |" in notebook.cells[0].source
+    tags = [tag for cell in code for tag in cell.metadata.get("tags", [])]
+    assert tags.count("parameters") == tags.count("check") == tags.count("results") == 1
+    assert code[-1].metadata.tags == ["results"]
+
+
+def test_notebook_parameters_have_comments(notebook):
+    cell = next(
+        c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", [])
+    )
+    assignments = [line for line in cell.source.splitlines() if line]
+    assert 3 <= len(assignments) <= 8
+    for line in assignments:
+        assert re.match(r"[A-Z_]+ = .+  # .+", line), line
+
+
+def test_notebook_metadata_and_outputs_are_clean(notebook):
+    assert notebook.metadata.kernelspec == {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    text = json.dumps(notebook)
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a machine's path"
+    assert len(text) < 500_000
+    for cell in code_cells(notebook):
+        assert cell.execution_count is None
+        assert not re.search(r"(?m)^\s*[!%]|sys\.path|pip install", cell.source)
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert "Warning" not in output.get("text", "")
+            assert output.get("name") != "stderr"
+    assert any(
+        "image/png" in o.get("data", {})
+        for c in code_cells(notebook)
+        for o in c.outputs
+    )
+
+
+def card(path):
+    """Title and table row of a notebook's first cell."""
+    first = nbformat.read(path, as_version=4).cells[0].source
+    title = re.search(r"^# (\d\d) · (.+)$", first, re.M)
+    row = first.strip().splitlines()[-1].strip("| ").split(" | ")
+    return (
+        title.group(1),
+        title.group(2),
+        dict(zip(("will", "needs", "time", "data"), row, strict=True)),
+    )
+
+
+def test_readme_lists_every_notebook_as_its_card_says():
+    readme = (ROOT / "README.md").read_text()
+    for path in NOTEBOOKS:
+        number, title, row = card(path)
+        name = title.split(" (")[0]
+        expected = f"| {number} | [{name}](notebooks/{path.name}) | {row['will']} | {row['time']} |"
+        assert expected in readme, f"README.md lacks the line\n{expected}"
+    assert len(re.findall(r"\(notebooks/\d\d_", readme)) >= len(NOTEBOOKS)
+
+
+@pytest.mark.parametrize(
+    "path", [*DOCUMENTS, *NOTEBOOKS], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_relative_links_lead_somewhere(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_commands_of_the_documents_exist():
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    for path in DOCUMENTS:
+        for target in re.findall(r"(?m)(?:^|`)make ([a-z-]+)", path.read_text()):
+            assert target in targets, f"{path.name} says make {target}"
+
+
+def test_requirements_say_who_uses_them():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            if line and not line.startswith(("#", "-r")):
+                assert "# used by: " in line, line

@@ -1,0 +1,97 @@
+"""The notebook runner, the record and the figures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+
+from fl_helpers import plots
+from fl_helpers.record import MIME, read_recorded
+
+ROOT = Path(__file__).parent.parent
+matplotlib.use("agg")
+
+
+def runner(*arguments):
+    command = [sys.executable, "tools/notebooks.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_an_unknown_parameter_is_an_error_and_names_the_known_ones():
+    done = runner("run", "-p", "EPOCH", "3")
+    assert done.returncode == 2
+    assert "no parameter 'EPOCH'" in done.stderr and "LOCAL_EPOCHS" in done.stderr
+
+
+def test_an_unknown_notebook_is_an_error():
+    done = runner("run", "--only", "77")
+    assert done.returncode == 2 and "no notebook starts with '77'" in done.stderr
+
+
+def test_recorded_results_come_back_in_order(tmp_path):
+    def cell(**results):
+        output = nbformat.v4.new_output(
+            "display_data", {MIME: [[k, v] for k, v in results.items()]}
+        )
+        return nbformat.v4.new_code_cell("record()", outputs=[output])
+
+    path = tmp_path / "a.ipynb"
+    cells = [cell(z=1.5, a="x"), nbformat.v4.new_markdown_cell("text"), cell(a="y")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert list(read_recorded(path).items()) == [("z", 1.5), ("a", "y")]
+
+
+def bars(axis):
+    return [round(patch.get_height()) for patch in axis.patches]
+
+
+def test_label_mix_draws_the_counts():
+    figure = plots.plot_label_mix(
+        {"x": {"Hospital A": [3, 1], "Hospital B": [2, 4]}}, "np"
+    )
+    assert bars(figure.axes[0]) == [3, 2, 1, 4]  # class by class
+    assert figure.axes[0].get_title() == "x"
+
+
+def test_matrix_writes_each_number():
+    names = dict(
+        rows="ab", columns="ab", row_label="r", column_label="c", value_label="v"
+    )
+    figure = plots.plot_matrix(np.array([[90.0, 50.0], [60.5, 80.0]]), **names)
+    assert [t.get_text() for t in figure.axes[0].texts] == [
+        "90.0",
+        "50.0",
+        "60.5",
+        "80.0",
+    ]
+
+
+def test_curves_and_comparison_draw_what_they_are_given():
+    figure = plots.plot_rounds({"a": [1, 2], "b": [3, 4]}, references={"pooled": 5})
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["mean"] == [2, 3] and lines["pooled"] == [5, 5]
+    figure = plots.plot_comparison(
+        {"x": {"A": [1, 3], "B": [2, 2]}, "y": {"A": [5], "B": [6]}}
+    )
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["x", "y"]
+    assert list(figure.axes[0].lines[1].get_xdata()) == [2, 2]  # mean of 1 and 3
+
+
+def test_images_are_drawn_row_by_row():
+    figure = plots.show_images(
+        {"A": np.zeros((2, 4, 4)), "B": np.zeros((3, 4, 4))}, "xyz"
+    )
+    assert len(figure.axes) == 6
+    assert sum(bool(axis.images) for axis in figure.axes) == 5
+    matplotlib.pyplot.close("all")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    matplotlib.pyplot.close("all")
