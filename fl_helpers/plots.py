@@ -40,7 +40,7 @@ def show_images(rows: Mapping[str, np.ndarray], titles: Sequence[str] = ()) -> F
     fig, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(1.05 * columns + 1, 1.08 * len(rows)),
+        figsize=(0.9 * columns + 1, 0.92 * len(rows)),
         squeeze=False,
     )
     for axis in axes.flat:
@@ -49,7 +49,7 @@ def show_images(rows: Mapping[str, np.ndarray], titles: Sequence[str] = ()) -> F
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=10)
     return fig

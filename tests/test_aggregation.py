@@ -137,3 +137,37 @@ def test_refuses_no_update_and_two_of_one_silo():
         weighted_average([])
     with pytest.raises(ValueError, match="'a' sent two"):
         weighted_average([update("a", 1, **GOOD), update("a", 1, **GOOD)])
+
+
+def test_any_shape_and_memory_layout():
+    grid = torch.arange(6.0).reshape(2, 3)
+    a = update("a", 1, scalar=torch.tensor(1.0), w=grid.T, none=torch.zeros(0, 3))
+    b = update("b", 3, scalar=torch.tensor(5.0), w=grid.T + 4, none=torch.zeros(0, 3))
+    mean = weighted_average([a, b])
+    assert mean["scalar"].item() == 4.0  # (1 + 3 * 5) / 4
+    assert torch.equal(mean["w"], grid.T + 3)  # (0 + 3 * 4) / 4 more than a's
+    assert mean["none"].shape == (0, 3)
+    assert a.params["w"].tolist() == grid.T.tolist()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 10**6), st.floats(width=32, allow_nan=False)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_mean_lies_between_the_extremes_for_any_finite_values(silos):
+    silos = [(n, v) for n, v in silos if math.isfinite(v)] or [(1, 0.0)]
+    sent = [update(str(i), n, w=torch.tensor([v])) for i, (n, v) in enumerate(silos)]
+    values = [v for _, v in silos]
+    assert min(values) <= weighted_average(sent)["w"].item() <= max(values)
+
+
+def test_half_precision_is_summed_in_float32():
+    # In float16, 2048 + 1 is 2048: a mean kept in it would not move from 2048.
+    sent = [update("a", 1, w=torch.tensor([2048.0]).half())]
+    sent += [update(str(i), 1, w=torch.tensor([2056.0]).half()) for i in range(15)]
+    # (2048 + 15 * 2056) / 16 = 2055.5, and float16 has every second number there
+    assert weighted_average(sent)["w"].item() == 2056

@@ -56,3 +56,19 @@ def test_a_grey_image_meets_the_same_filters():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="no classifier 'resnet19'"):
         torchvision_model("resnet19", 2)
+
+
+def test_the_bias_of_the_stem_is_kept():
+    colour = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1))
+    grey = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1))
+    grey.load_state_dict(colour.state_dict())
+    _replace_stem(grey, 1)
+    image = torch.rand(1, 1, 8, 8)
+    torch.testing.assert_close(grey(image), colour(image.expand(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet"])
+def test_a_classifier_that_cannot_be_adapted_is_refused(name):
+    # No linear layer at the end; further heads that training would need.
+    with pytest.raises(ValueError, match=name):
+        torchvision_model(name, 2)

@@ -1,4 +1,4 @@
-"""Execute every notebook with small parameters, and check what the committed ones say."""
+"""Execute every notebook with small parameters; check what the committed ones say."""
 
 import os
 from pathlib import Path

@@ -101,7 +101,7 @@ def test_notebook_keeps_its_budget(notebook):
     lengths = [lines(cell) for cell in code]
     assert 20 <= len(notebook.cells) <= 44
     assert len(code) <= len(text) + 3
-    assert max(lengths) <= 31 and statistics.median(lengths) <= 8, lengths
+    assert max(lengths) <= 31 and statistics.median(lengths) <= 9.5, lengths
     assert sum(lengths) <= 210
     assert sum(len(cell.source.split()) for cell in text) <= 1700
     assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 88
@@ -170,7 +170,8 @@ def test_readme_lists_every_notebook_as_its_card_says():
     for path in NOTEBOOKS:
         number, title, row = card(path)
         name = title.split(" (")[0]
-        expected = f"| {number} | [{name}](notebooks/{path.name}) | {row['will']} | {row['time']} |"
+        link = f"[{name}](notebooks/{path.name})"
+        expected = f"| {number} | {link} | {row['will']} | {row['time']} |"
         assert expected in readme, f"README.md lacks the line\n{expected}"
     assert len(re.findall(r"\(notebooks/\d\d_", readme)) >= len(NOTEBOOKS)
 

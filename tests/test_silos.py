@@ -11,6 +11,7 @@ from fl_helpers.silos import (
     partition_dirichlet,
     partition_iid,
     pool_silos,
+    silo_letter,
     split_silo,
     summarize_silos,
     to_tensor,
@@ -158,3 +159,38 @@ def test_validation_split_of_a_training_set():
     (silo,) = make_silos(X, Y, {"A": np.arange(600)}, test_share=0.5, seed=0)
     tuning = split_silo("A", silo.train, test_share=0.2, seed=0)
     assert len(tuning.test.y) == 60 and len(tuning.train.y) == 240
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    classes=st.integers(1, 12),
+    rows=st.integers(4, 60),
+    shares=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_quantity_deals_out_exactly_num_rows(classes, rows, shares, data):
+    num_rows = data.draw(st.integers(len(shares), rows))
+    y = np.arange(rows) % classes
+    partition = partition_by_quantity(y, shares, seed=0, num_rows=num_rows)
+    together = np.concatenate(list(partition.values()))
+    assert len(set(together.tolist())) == len(together) == num_rows
+
+
+def test_quantity_refuses_to_deal_out_nothing():
+    for num_rows in (0, -5):
+        with pytest.raises(ValueError, match=f"num_rows.*{num_rows}"):
+            partition_by_quantity(Y, [1, 1], seed=0, num_rows=num_rows)
+
+
+def test_dirichlet_uses_every_row_at_extreme_skew():
+    partition = partition_dirichlet(Y, 2, 1e-3, seed=0, max_draws=10_000)
+    assert np.array_equal(
+        np.sort(np.concatenate([*partition.values()])), np.arange(600)
+    )
+    # A share is almost 0 or 1: each class is (nearly) in one silo.
+    assert (counts(partition).max(0) >= 0.99 * np.array([300, 200, 100])).all()
+
+
+def test_letters_go_on_after_z():
+    letters = [silo_letter(k) for k in (0, 25, 26, 51, 52, 701, 702)]
+    assert letters == ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]

@@ -1,6 +1,9 @@
 import copy
+import threading
+import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import batchnorm_model, linear_model
@@ -8,7 +11,13 @@ from torch import nn
 
 import fl_helpers.simulation as simulation
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.simulation import run_alone, run_rounds, silo_rng, state_bytes
+from fl_helpers.simulation import (
+    default_workers,
+    run_alone,
+    run_rounds,
+    silo_rng,
+    state_bytes,
+)
 from fl_helpers.training import train_locally
 
 
@@ -286,3 +295,147 @@ def test_silos_need_different_names(silos):
         run([])
     with pytest.raises(ValueError, match=r"used twice: \['a'\]"):
         run([silos[0], silos[0]])
+
+
+def test_two_workers_train_two_silos_at_the_same_time(silos):
+    both = threading.Barrier(2, timeout=10)  # broken if the silos take turns
+    inner = client(linear_model)
+
+    def meet(params, silo, *, round_index, rng):
+        both.wait()
+        assert torch.get_num_threads() == 1
+        return inner(params, silo, round_index=round_index, rng=rng)
+
+    torch.set_num_threads(2)
+    options = dict(rounds=2, seed=0, workers=2, progress=False)
+    run_rounds(start(linear_model), silos, meet, weighted_average, **options)
+    assert torch.get_num_threads() == 2
+
+
+def test_no_more_than_twice_as_many_updates_as_workers(silos):
+    alive, most = [], 0
+    inner = client(linear_model)
+
+    def slow_second(params, silo, *, round_index, rng):
+        nonlocal most
+        if silo.name == "silo 01":  # the others finish while it is waited for
+            time.sleep(0.3)
+        update = inner(params, silo, round_index=round_index, rng=rng)
+        alive.append(weakref.ref(update.params["1.weight"]))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return update
+
+    options = dict(rounds=1, seed=0, workers=2, progress=False)
+    run_rounds(
+        start(linear_model), many(silos, 50), slow_second, weighted_average, **options
+    )
+    assert len(alive) == 50 and most <= 2 * 2  # as documented
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resume_after_a_failure_inside_a_silo(silos, tmp_path, workers):
+    options = dict(rounds=4, seed=0, workers=workers, progress=False)
+    inner, file, broken = client(batchnorm_model), tmp_path / "new" / "run.pt", True
+
+    def fails_once(params, silo, *, round_index, rng):
+        if broken and round_index == 2 and silo.name == "b":
+            raise RuntimeError("power cut")
+        return inner(params, silo, round_index=round_index, rng=rng)
+
+    def go(**more):
+        initial = start(batchnorm_model)
+        return run_rounds(
+            initial, silos, fails_once, weighted_average, **options, **more
+        )
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        go(checkpoint=file)
+    broken = False
+    resumed = go(checkpoint=file)
+    assert [record["round"] for record in resumed.rounds] == [0, 1, 2, 3]
+    assert_equal(resumed.params, go().params)
+
+
+def test_a_run_that_cannot_rename_its_checkpoint_keeps_the_old_one(
+    silos, tmp_path, monkeypatch
+):
+    file = tmp_path / "run.pt"
+    run(silos, rounds=1, checkpoint=file)
+    before = file.read_bytes()
+
+    def fail(source, target):
+        raise PermissionError(target)
+
+    monkeypatch.setattr(simulation.os, "replace", fail)
+    with pytest.raises(PermissionError):
+        run(silos, rounds=2, checkpoint=file)
+    assert file.read_bytes() == before
+
+
+def test_numpy_metrics_survive_a_checkpoint(silos, tmp_path):
+    def scores(params, silo):
+        return {"auroc": np.mean([0.25, 0.75])}  # np.float64, as many metrics are
+
+    file = tmp_path / "run.pt"
+    run(silos, rounds=1, checkpoint=file, evaluate=scores)
+    resumed = run(silos, rounds=2, checkpoint=file, evaluate=scores)
+    assert resumed.mean("auroc") == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("make_model", "change"),
+    [
+        (linear_model, {}),  # another architecture
+        (batchnorm_model, dict(silos_per_round=1)),
+        (batchnorm_model, dict(rounds=2)),  # three are in the file
+    ],
+    ids=["architecture", "sampling", "rounds"],
+)
+def test_a_checkpoint_of_other_settings_is_refused(silos, tmp_path, make_model, change):
+    file = tmp_path / "run.pt"
+    run(silos, rounds=3, checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="another run"):
+        run(silos, make_model, checkpoint=file, **change)
+    assert file.read_bytes() == before
+
+
+def test_more_rounds_go_on_from_a_finished_run(silos, tmp_path):
+    file = tmp_path / "run.pt"
+    run(silos, rounds=2, checkpoint=file)
+    assert_equal(
+        run(silos, rounds=5, checkpoint=file).params, run(silos, rounds=5).params
+    )
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_workers_must_be_positive(silos, workers):
+    with pytest.raises(ValueError, match=f"workers.*{workers}"):
+        run(silos, workers=workers)
+
+
+def test_evaluated_rounds_are_every_nth_and_the_last(silos):
+    options = dict(rounds=5, evaluate_every=2, evaluate=lambda p, s: {"m": 0.0})
+    tested = [r["round"] for r in run(silos, **options).rounds if r["test"]]
+    assert tested == [1, 3, 4]
+
+
+def test_batchnorm_counters_count_as_bytes(silos):
+    # conv 4*9 + 4, norm 4 * 4, head 196*2 + 2 float32 and one int64 counter
+    one = (40 + 16 + 394) * 4 + 8
+    history = run(many(silos, 5), rounds=2, silos_per_round=3)
+    assert [record["bytes_down"] for record in history.rounds] == [3 * one] * 2
+    assert history.bytes_sent == 2 * 2 * 3 * one
+
+
+def test_workers_pay_for_convolutions_only():
+    assert default_workers(linear_model().state_dict(), 8) == 1
+    assert 1 <= default_workers(batchnorm_model().state_dict(), 8) <= 8
+    assert default_workers(batchnorm_model().state_dict(), 1) == 1
+
+
+def test_progress_shows_the_mean_balanced_accuracy(silos, capsys):
+    run(silos, progress=True, evaluate=lambda p, s: {"balanced_accuracy": 0.625})
+    assert "balanced accuracy 62.5 %" in capsys.readouterr().out
+    run(silos, progress=True)
+    assert "training loss" in capsys.readouterr().out

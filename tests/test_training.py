@@ -188,3 +188,101 @@ def test_loss_is_per_example_and_mode_is_restored(silos):
     assert got["loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="cannot evaluate 0"):
         evaluate(model, (x[:0], y[:0]))
+
+
+def test_no_proximal_weight_is_plain_sgd_and_a_large_one_holds_back(silos):
+    torch.manual_seed(0)
+    model = linear_model()
+    plain, none, strong = (
+        train(copy.deepcopy(model), silos[0], **options).params["1.weight"]
+        for options in ({}, dict(proximal_mu=0.0), dict(proximal_mu=5.0))
+    )
+    assert torch.equal(plain, none)
+    start = model[1].weight.detach()
+    assert (strong - start).norm() < 0.8 * (plain - start).norm()
+
+
+def test_momentum_and_weight_decay_by_hand():
+    # f = (2w - 1)^2 from w = 3, lr .01, momentum .5, decay .1; g = 4 (2w - 1) + .1 w
+    # g = 20.3, w = 2.797; g = 4 * 4.594 + .2797 = 18.6557, velocity = .5 * 20.3 + g
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 3.0)
+    data = torch.tensor([[2.0]]), torch.tensor([[1.0]])
+    options = dict(loss_fn=nn.functional.mse_loss, momentum=0.5, weight_decay=0.1)
+    silo = SimpleNamespace(name="a", train=data)
+    update = train(model, silo, lr=0.01, epochs=2, **options)
+    expected = 2.797 - 0.01 * (0.5 * 20.3 + 18.6557)
+    assert update.params["weight"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_dropout_is_not_disturbed_by_a_thread_that_builds_a_model(silos):
+    # In run_rounds with two workers, one silo trains while another builds its model,
+    # which draws initial weights from torch's global generator.
+    def build(*_):
+        builder = threading.Thread(target=linear_model)
+        builder.start()
+        builder.join()
+
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 2))
+    expected = train(copy.deepcopy(model), silos[0]).params["2.weight"]
+    model.register_forward_pre_hook(build)
+    got = train(model, silos[0]).params["2.weight"]
+    assert torch.equal(got, expected)
+
+
+def test_divergence_in_the_last_step_is_reported(silos):
+    with pytest.raises(FloatingPointError, match="'a'"):  # loss is fine, weights not
+        train(linear_model(), silos[0], lr=1e39, batch_size=40)
+
+
+def test_nan_in_the_data_is_reported_as_divergence(silos):
+    x, y = silos[0].train
+    x[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="'a'.*NaN in the data"):
+        train(linear_model(), silos[0])
+
+
+def test_frozen_weights_stay(silos):
+    model = batchnorm_model()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    update = train(model, silos[0], proximal_mu=0.1)
+    assert torch.equal(update.params["0.weight"], before["0.weight"])
+    assert not torch.equal(update.params["3.weight"], before["3.weight"])
+
+
+def test_evaluation_leaves_parameters_statistics_and_every_mode(silos):
+    model = batchnorm_model().train()
+    model[1].eval()  # frozen statistics, as in fine-tuning
+    before = copy.deepcopy(model.state_dict())
+    evaluate(model, silos[0].test)
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_mode_is_restored_after_an_error(silos):
+    model = batchnorm_model().train()
+    with pytest.raises(RuntimeError):
+        evaluate(model, (torch.zeros(2, 5, 9, 9), torch.zeros(2).long()))
+    assert model.training
+
+
+def test_the_same_loss_function_serves_training_and_evaluation(silos):
+    def loss(logits, y):
+        return nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
+
+    model = linear_model()
+    train(model, silos[0], loss_fn=loss)
+    x, y = silos[0].test
+    got = evaluate(model, (x, y), loss_fn=loss)["loss"]
+    assert got == pytest.approx(loss(model(x), y).item(), rel=1e-5)
+
+
+def test_a_class_that_is_alone_has_no_auroc_and_no_specificity():
+    got = classification_metrics(
+        torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.zeros(2).long()
+    )
+    assert got["sensitivity_0"] == got["balanced_accuracy"] == got["accuracy"] == 0.5
+    assert got["specificity_1"] == 0.5  # one of two negatives of class 1 is called so
+    undefined = ("auroc", "sensitivity_1", "specificity_0")
+    assert all(np.isnan(got[name]) for name in undefined)

@@ -49,11 +49,6 @@ def at_most(label, value, goal, margin):
     return label, value, f"<= {goal:.2f}", margin, value <= goal + margin
 
 
-def at_least(label, value, goal, margin):
-    """A row that fails if value < goal - margin."""
-    return label, value, f">= {goal:.2f}", margin, value >= goal - margin
-
-
 def timed(label, times, goal, margin):
     """The rows of one comparison: CPU time decides, wall time is shown beside it."""
     print(

@@ -1,8 +1,8 @@
 """Learning rates of notebooks 01-03, chosen on validation data.
 
-Writes docs/results/tuning.csv, about 10 minutes per data set. Each approach (each hospital alone,
-federated, centralized) gets the same grid of learning rates; hospitals alone may also
-choose how long to train. Validation sets are cut from the training sets: test sets are
+Writes docs/results/tuning.csv, about 10 minutes per data set. Each approach (each
+hospital alone, federated, centralized) gets the same grid of learning rates;
+hospitals alone may also choose how long to train. Validation sets are cut from the training sets: test sets are
 not touched, and the seeds are none that a notebook uses.
 """
 
