@@ -2,8 +2,8 @@
 
 Writes docs/results/tuning.csv, about 10 minutes per data set. Each approach (each
 hospital alone, federated, centralized) gets the same grid of learning rates;
-hospitals alone may also choose how long to train. Validation sets are cut from the training sets: test sets are
-not touched, and the seeds are none that a notebook uses.
+hospitals alone may also choose how long to train. Validation sets are cut from the
+training sets: test sets are not touched, and the seeds are none that a notebook uses.
 """
 
 import argparse
