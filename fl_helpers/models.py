@@ -72,7 +72,8 @@ def torchvision_model(
     name: for example "resnet18". in_channels: 1 for radiographs; given weights, the
     first kernel is the mean over its channels, so grey images see familiar filters.
     weights: None (random) or a torchvision weights name such as "DEFAULT", which
-    downloads them. Raises ValueError for an unknown name.
+    downloads them. Raises ValueError for a name that is unknown
+    or cannot be adapted.
     """
     from torchvision import models  # 1 s to import: only when asked for
 
@@ -81,8 +82,10 @@ def torchvision_model(
             f"torchvision has no classifier {name!r}; one of "
             f"{', '.join(models.list_models(module=models)[:5])}, ..."
         )
+    if name in ("googlenet", "inception_v3"):
+        raise ValueError(f"{name} trains with further heads; choose another model")
     model = models.get_model(name, weights=weights)
-    _replace_head(model, num_classes)
+    _replace_head(model, num_classes, name)
     if in_channels != 3:
         _replace_stem(model, in_channels)
     return model
@@ -98,11 +101,12 @@ def _norm_2d(norm: Norm, channels: int) -> nn.Module:
     raise ValueError(f"norm must be 'batch', 'group' or 'none', got {norm!r}")
 
 
-def _replace_head(model: nn.Module, num_classes: int) -> None:
+def _replace_head(model: nn.Module, num_classes: int, name: str) -> None:
     """Put a fresh linear layer with num_classes outputs in place of the last one."""
-    path, old = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][
-        -1
-    ]
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{name} does not end in a linear layer; choose another model")
+    path, old = linear[-1]
     model.set_submodule(path, nn.Linear(old.in_features, num_classes))
 
 
@@ -122,4 +126,6 @@ def _replace_stem(model: nn.Module, in_channels: int) -> None:
     with torch.no_grad():
         stem.weight.copy_(old.weight.mean(1, keepdim=True).expand_as(stem.weight))
         stem.weight.mul_(old.in_channels / in_channels)  # same scale of activations
+        if old.bias is not None:
+            stem.bias.copy_(old.bias)
     model.set_submodule(path, stem)

@@ -56,15 +56,19 @@ def partition_by_quantity(
     weights = np.asarray(shares, dtype=float)
     if not (weights > 0).all():
         raise ValueError(f"shares must all be > 0, got {list(shares)}")
-    unused = _check_labels(y, len(weights)) - (num_rows or len(y))
-    if unused < 0:
-        raise ValueError(f"num_rows={num_rows}, but there are only {len(y)} rows")
-    if unused:  # one more share, that nobody gets
-        weights = np.append(weights * num_rows / weights.sum(), unused)
+    _check_labels(y, len(weights))
+    if num_rows is not None and not len(weights) <= num_rows <= len(y):
+        raise ValueError(
+            f"num_rows={num_rows}, but there are only {len(y)} rows, for "
+            f"{len(weights)} silos; choose {len(weights)} to {len(y)}"
+        )
     rng = np.random.default_rng(seed)
-    by_class = [_split(rows, weights, rng) for rows in _rows_by_class(y)]
-    parts = [np.concatenate(parts) for parts in zip(*by_class, strict=True)]
-    return _named(parts[: len(shares)])
+    rows = [rng.permutation(rows) for rows in _rows_by_class(y)]
+    # Where a row stands in its class, 0..1: the first num_rows have the overall mix.
+    place = np.concatenate([(np.arange(len(r)) + 0.5) / len(r) for r in rows])
+    dealt = np.concatenate(rows)[np.argsort(place, kind="stable")][:num_rows]
+    by_class = [_split(dealt[y[dealt] == k], weights, rng) for k in np.unique(y)]
+    return _named([np.concatenate(parts) for parts in zip(*by_class, strict=True)])
 
 
 def partition_dirichlet(

@@ -109,11 +109,13 @@ def run_rounds(
     round, time left, and the mean balanced accuracy or training loss.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
-    _check_run(silos, rounds, silos_per_round, evaluate_every, checkpoint_every)
+    _check_run(silos, rounds, silos_per_round, workers)
+    _check_positive(evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
     history = History({name: value.detach().clone() for name, value in params.items()})
     run_id = {"seed": seed, "silos": [silo.name for silo in silos]}
+    run_id |= {"silos_per_round": silos_per_round, "model": _layout(params)}
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _load_checkpoint(Path(checkpoint), run_id)
+        history = _load_checkpoint(Path(checkpoint), run_id, rounds)
     done = len(history.rounds)
     workers = workers or default_workers(params, silos_per_round or len(silos))
     with _worker_pool(workers) as pool, _bar(rounds, done, progress) as bar:
@@ -126,7 +128,9 @@ def run_rounds(
             last = round_index == rounds - 1
             if evaluate and (last or (round_index + 1) % evaluate_every == 0):
                 tests = pool.map(lambda silo: evaluate(history.params, silo), silos)
-                record["test"] = {s.name: t for s, t in zip(silos, tests, strict=True)}
+                record["test"] = {
+                    s.name: _plain(t) for s, t in zip(silos, tests, strict=True)
+                }
             record["seconds"] = time.perf_counter() - started
             history.rounds.append(record)
             if checkpoint and (last or (round_index + 1) % checkpoint_every == 0):
@@ -154,7 +158,7 @@ def run_alone(
     {silo name: its final params}. Arguments as in `run_rounds`.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
-    _check_run(silos, rounds, None, 1, 1)
+    _check_run(silos, rounds, None, workers)
 
     def train(silo: SiloLike) -> Params:
         own = params
@@ -226,12 +230,17 @@ def _play_round(
 
     def received() -> Iterator[Any]:
         for update in pool.map(train, chosen):
-            record["train"][update.silo] = dict(update.metrics)
+            record["train"][update.silo] = _plain(update.metrics)
             record["bytes_up"] += state_bytes(update.params)
             yield update
 
     history.params = aggregate(received())
     return record
+
+
+def _plain(metrics: Metrics) -> Metrics:
+    """Numbers as Python's own: a checkpoint takes no numpy scalars."""
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _derived_seed(*parts: int | str) -> int:
@@ -254,7 +263,7 @@ class _Pool:
     """Maps a function over silos in threads; results come in order, a few at a time."""
 
     def __init__(self, executor: Executor | None, workers: int) -> None:
-        self._executor, self._ahead = executor, 2 * workers
+        self._executor, self._ahead = executor, 2 * workers - 1
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
         if self._executor is None:
@@ -303,7 +312,13 @@ def _save_checkpoint(path: Path, run_id: dict[str, Any], history: History) -> No
     os.replace(temporary, path)
 
 
-def _load_checkpoint(path: Path, run_id: dict[str, Any]) -> History:
+def _layout(params: Params) -> str:
+    """Fingerprint of the names, shapes and dtypes of a model's state."""
+    text = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in sorted(params.items())]
+    return hashlib.blake2b("\n".join(text).encode(), digest_size=4).hexdigest()
+
+
+def _load_checkpoint(path: Path, run_id: dict[str, Any], rounds: int) -> History:
     try:  # our own file; weights_only: tensors and plain values, no code is run
         content = torch.load(path, weights_only=True)
         found, history = content["run"], History(content["params"], content["rounds"])
@@ -316,6 +331,11 @@ def _load_checkpoint(path: Path, run_id: dict[str, Any]) -> History:
         raise ValueError(
             f"{path} belongs to another run: {found}, this one is {run_id}; name "
             "another file, or delete it to start from the first round"
+        )
+    if len(history.rounds) > rounds:
+        raise ValueError(
+            f"{path} belongs to another run: {len(history.rounds)} rounds are done, "
+            f"this one has {rounds}; ask for more rounds or name another file"
         )
     return history
 
@@ -353,25 +373,22 @@ def _check_run(
     silos: Sequence[SiloLike],
     rounds: int,
     silos_per_round: int | None,
-    evaluate_every: int,
-    checkpoint_every: int,
+    workers: int | None,
 ) -> None:
     names = [silo.name for silo in silos]
     twice = sorted({name for name in names if names.count(name) > 1})
-    if not names or twice:
-        raise ValueError(
-            f"silo names used twice: {twice}; give each silo its own name"
-            if twice
-            else "no silos to train on"
-        )
+    if not names:
+        raise ValueError("no silos to train on")
+    if twice:
+        raise ValueError(f"silo names used twice: {twice}; give each silo its own name")
     if silos_per_round is not None and not 1 <= silos_per_round <= len(names):
         raise ValueError(
             f"silos_per_round must be 1 to {len(names)} (all), got {silos_per_round}"
         )
-    for label, value in (
-        ("rounds", rounds),
-        ("evaluate_every", evaluate_every),
-        ("checkpoint_every", checkpoint_every),
-    ):
+    _check_positive(rounds=rounds, workers=1 if workers is None else workers)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
         if value < 1:
-            raise ValueError(f"{label} must be >= 1, got {value}")
+            raise ValueError(f"{name} must be >= 1, got {value}")

@@ -16,7 +16,8 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -183,9 +184,21 @@ def synthetic_cxr(
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         y.append(_draw_labels(count, class_mix(index, skew, classes), rng))
         codes, scanner = torch.from_numpy(codes_of[y[-1]]), scanner_for(index, style)
-        x.append(_draw_images(codes, scanner, image_size, int(rng.integers(2**62))))
+        with _one_thread():
+            x.append(_draw_images(codes, scanner, image_size, int(rng.integers(2**62))))
     site = np.repeat(list(named), list(named.values()))
     return Radiographs(np.concatenate(x), np.concatenate(y), tuple(classes), site)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hold torch to one thread: on small images, more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def scanner_for(index: int, strength: float) -> Scanner:

@@ -7,10 +7,10 @@ training) or metrics. Needs only torch: copy this file on its own.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -59,7 +59,8 @@ def train_locally(
 
     model: changed in place; it holds the parameters to start from.
     silo.train: x [N, ...] float, y [N] class indices. epochs: may be a fraction.
-    rng: CPU generator, the only source of randomness (order of examples, dropout).
+    rng: CPU generator, the source of randomness (order of examples, dropout layers;
+    other layers that draw numbers use torch's global generator: then workers=1).
     proximal_mu: weight of the FedProx term mu/2 * |w - w_start|^2 (Li et al. 2020,
     eq. 2); 0 is plain SGD. loss_fn(logits, y): mean loss of a batch, per example.
 
@@ -91,12 +92,12 @@ def train_locally(
             optimizer.step()
             total_loss += loss.detach()  # stays on the device: no wait per step
     mean_loss = total_loss.item() / steps
-    if not math.isfinite(mean_loss):
+    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    if not math.isfinite(mean_loss) or not _all_finite(params):
         raise FloatingPointError(
             f"training diverged in silo {silo.name!r}: mean loss {mean_loss} after "
             f"{steps} steps with lr={lr}; try a smaller lr, or look for NaN in the data"
         )
-    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
     metrics = {"train_loss": mean_loss, "steps": float(steps)}
     return Update(silo.name, params, len(x), metrics)
 
@@ -120,7 +121,7 @@ def evaluate(
     examples: tuple[Tensor, Tensor],
     *,
     batch_size: int = 1024,
-    loss_fn: Callable[..., Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
     """Measure a classifier on examples it was not trained on.
@@ -129,20 +130,21 @@ def evaluate(
     Returns loss (per example), accuracy, balanced_accuracy (mean sensitivity of the
     classes present), auroc (K = 2: class 1 against 0; else mean of one-vs-rest), and
     sensitivity_k, specificity_k for each class k; shares are in [0, 1], and a value
-    that is not defined (class absent) is NaN. Parameters and mode are left as found.
+    that is not defined (class absent) is NaN. Parameters and modes are left as found.
     """
     x, y = examples
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"cannot evaluate {len(x)} inputs with {len(y)} labels")
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.to(device).eval()
     try:
         with torch.inference_mode():
             logits = torch.cat([model(part.to(device)) for part in x.split(batch_size)])
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
     logits, y = logits.cpu().float(), y.cpu()
-    scores = {"loss": loss_fn(logits, y, reduction="mean").item()}
+    scores = {"loss": loss_fn(logits, y).item()}
     return scores | classification_metrics(logits.softmax(dim=1), y)
 
 
@@ -206,26 +208,35 @@ def _add_proximal_gradient(
                 weight.grad.add_(weight - anchor, alpha=mu)
 
 
-_global_rng = threading.Lock()
-
-
 @contextmanager
 def _seeded_dropout(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
-    """Make dropout draw from `rng`: it can only use torch's global generator.
+    """Let nn.Dropout and its 1d-3d kin draw from `rng`.
 
-    That generator belongs to the whole process, so silos with such a model take turns.
+    By themselves they draw from torch's global generator, which belongs to the whole
+    process: silos that train in other threads would change the result.
     """
-    draws = any(
-        isinstance(rate := getattr(module, name, 0), float) and rate > 0
-        for module in model.modules()
-        for name in ("p", "dropout")
-    )
-    if not draws:
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and 0 < m.p < 1]
+    for layer in layers:
+        layer.forward = partial(_dropout, layer, rng)
+    try:
         yield
-        return
-    with _global_rng, torch.random.fork_rng():
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is back
+
+
+def _dropout(layer: nn.Module, rng: torch.Generator, x: Tensor) -> Tensor:
+    if not layer.training:
+        return x
+    whole_channels = () if isinstance(layer, nn.Dropout) else (1,) * (x.dim() - 2)
+    shape = (*x.shape[:2], *whole_channels) if whole_channels else x.shape
+    kept = torch.empty(shape).bernoulli_(1 - layer.p, generator=rng)
+    return x * (kept / (1 - layer.p)).to(x)
+
+
+def _all_finite(params: dict[str, Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in params.values())
 
 
 def _check_inputs(

@@ -142,6 +142,7 @@ def test_notebook_metadata_and_outputs_are_clean(notebook):
     for cell in code_cells(notebook):
         assert cell.execution_count is None
         assert not re.search(r"(?m)^\s*[!%]|sys\.path|pip install", cell.source)
+        assert not re.search(r"https?://|urllib|requests", cell.source), "network"
         for output in cell.outputs:
             assert output.output_type != "error"
             assert "Warning" not in output.get("text", "")

@@ -231,8 +231,10 @@ def test_dropout_is_not_disturbed_by_a_thread_that_builds_a_model(silos):
 
 
 def test_divergence_in_the_last_step_is_reported(silos):
+    x, y = silos[0].train
+    silos[0].train = (x * 1000, y)  # gradient > 2, so lr times it is beyond float32
     with pytest.raises(FloatingPointError, match="'a'"):  # loss is fine, weights not
-        train(linear_model(), silos[0], lr=1e39, batch_size=40)
+        train(linear_model(), silos[0], lr=3e38, batch_size=40)
 
 
 def test_nan_in_the_data_is_reported_as_divergence(silos):
@@ -286,3 +288,15 @@ def test_a_class_that_is_alone_has_no_auroc_and_no_specificity():
     assert got["specificity_1"] == 0.5  # one of two negatives of class 1 is called so
     undefined = ("auroc", "sensitivity_1", "specificity_0")
     assert all(np.isnan(got[name]) for name in undefined)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_trains_on_a_gpu_and_sends_from_the_cpu(silos):
+    torch.manual_seed(0)
+    model = batchnorm_model()
+    on_cpu = train(copy.deepcopy(model), silos[0])
+    on_gpu = train(model, silos[0], device="cuda")
+    for name, value in on_cpu.params.items():
+        assert on_gpu.params[name].device.type == "cpu"
+        torch.testing.assert_close(on_gpu.params[name], value, rtol=1e-3, atol=1e-4)
+    assert evaluate(model, silos[0].test, device="cuda")["loss"] > 0

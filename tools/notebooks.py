@@ -101,6 +101,7 @@ def execute(path: Path, output: Path, parameters: dict[str, Any]) -> float:
             str(output),
             parameters,
             kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],  # a loopback kernel needs no advice
             cwd=str(NOTEBOOKS),
             progress_bar={"desc": path.stem, "unit": "cell"},
         )
