@@ -194,3 +194,16 @@ def test_dirichlet_uses_every_row_at_extreme_skew():
 def test_letters_go_on_after_z():
     letters = [silo_letter(k) for k in (0, 25, 26, 51, 52, 701, 702)]
     assert letters == ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
+
+
+def test_test_rows_are_drawn_at_random():
+    x = np.arange(600, dtype=np.float32)[:, None]
+    everyone = {"A": np.arange(600), "B": np.arange(600)}
+
+    def held_out(seed):
+        silos = make_silos(x, Y, everyone, test_share=0.25, seed=seed)
+        return [frozenset(silo.test.x[:, 0].tolist()) for silo in silos]
+
+    first_quarters = {*range(75), *range(300, 350), *range(500, 525)}
+    drawn = [first_quarters, *held_out(0), *held_out(1)]
+    assert len({frozenset(rows) for rows in drawn}) == 5  # by seed and by name

@@ -439,3 +439,16 @@ def test_progress_shows_the_mean_balanced_accuracy(silos, capsys):
     assert "balanced accuracy 62.5 %" in capsys.readouterr().out
     run(silos, progress=True)
     assert "training loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("silos_per_round", [None, 4])
+def test_any_order_of_many_silos_gives_the_same_bits(silos, silos_per_round):
+    some = many(silos, 7)
+    mixed = [some[k] for k in (3, 0, 6, 2, 5, 1, 4)]
+    options = dict(rounds=2, silos_per_round=silos_per_round)
+    assert_equal(run(mixed, **options).params, run(some, **options).params)
+
+
+def test_silo_rngs_do_not_collide():
+    keys = [(s, f"silo {k}", r) for s in range(3) for k in range(20) for r in range(20)]
+    assert len({silo_rng(*key).initial_seed() for key in keys}) == len(keys)

@@ -300,3 +300,20 @@ def test_trains_on_a_gpu_and_sends_from_the_cpu(silos):
         assert on_gpu.params[name].device.type == "cpu"
         torch.testing.assert_close(on_gpu.params[name], value, rtol=1e-3, atol=1e-4)
     assert evaluate(model, silos[0].test, device="cuda")["loss"] > 0
+
+
+def test_batches_are_full_and_show_each_example_at_most_once_per_epoch():
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.append(x[:, 0].int().tolist())
+            return super().forward(x)
+
+    data = torch.arange(10.0)[:, None], torch.zeros(10).long()
+    silo = SimpleNamespace(name="a", train=data)
+    train(Spy(1, 2), silo, batch_size=4, epochs=3, lr=1e-3)
+    assert [len(batch) for batch in seen] == [4] * 6  # 10 // 4 = 2 per epoch
+    epochs = [seen[k] + seen[k + 1] for k in (0, 2, 4)]
+    assert all(len(set(rows)) == 8 for rows in epochs)
+    assert len({tuple(rows) for rows in epochs}) == 3  # shuffled again
