@@ -7,13 +7,14 @@ this file on its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name: (shape, dtype)
+Layout = dict[str, tuple[torch.Size, torch.dtype]]  # name: (shape, dtype)
 
 
 class UpdateLike(Protocol):
@@ -49,7 +50,7 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
     for update in updates:
         _check_header(update, seen)
         if not seen:
-            layout = {k: (tuple(v.shape), v.dtype) for k, v in update.params.items()}
+            layout = {k: (v.shape, v.dtype) for k, v in update.params.items()}
         _check_layout(update, layout)
         total += update.num_examples
         for name, value in update.params.items():
@@ -100,17 +101,18 @@ def _check_layout(update: UpdateLike, layout: Layout) -> None:
             f"unknown {unknown[:3]}; all silos must train the same architecture"
         )
     for name, value in update.params.items():
-        if (tuple(value.shape), value.dtype) != layout[name]:
+        shape, dtype = layout[name]
+        if value.shape != shape or value.dtype != dtype:
             raise ValueError(
                 f"silo {update.silo!r} sent {name!r} as {tuple(value.shape)}, "
-                f"{value.dtype}; the others sent {layout[name][0]}, {layout[name][1]}"
+                f"{value.dtype}; the others sent {tuple(shape)}, {dtype}"
             )
 
 
 def _check_finite(silo: str, name: str, value: Tensor) -> None:
     # A sum is NaN or infinite if any entry is, and is one read of the memory; only
     # when it looks bad is each entry looked at (finite entries may overflow a sum).
-    if not value.is_floating_point() or value.sum().isfinite():
+    if not value.is_floating_point() or math.isfinite(value.sum().item()):
         return
     bad = int((~value.isfinite()).sum())
     if bad:
