@@ -32,6 +32,14 @@ def test_an_unknown_notebook_is_an_error():
     assert done.returncode == 2 and "no notebook starts with '77'" in done.stderr
 
 
+def test_values_from_the_command_line_are_read_as_python(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from notebooks import literal
+
+    assert literal("(1, 2)") == [1, 2] and isinstance(literal("(1, 2)"), list)
+    assert literal("0.5") == 0.5 and literal("pneumoniamnist") == "pneumoniamnist"
+
+
 def test_recorded_results_come_back_in_order(tmp_path):
     def cell(**results):
         output = nbformat.v4.new_output(

@@ -74,7 +74,10 @@ def select(only: list[str]) -> list[Path]:
 def literal(text: str) -> Any:
     """A number, list or quoted string as Python reads it, else the text itself."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        return (
+            list(value) if isinstance(value, tuple) else value
+        )  # papermill: no tuples
     except (ValueError, SyntaxError):
         return text
 
