@@ -75,7 +75,7 @@ def _accumulate(
         value = value.float()
     if name not in mean:
         mean[name] = value.clone(memory_format=torch.contiguous_format)
-    elif value.is_floating_point() or value.is_complex():
+    elif value.is_floating_point():
         mean[name].lerp_(value, share)
     else:
         torch.maximum(mean[name], value, out=mean[name])

@@ -50,8 +50,9 @@ def partition_by_quantity(
 ) -> Partition:
     """Deal the rows out in unequal shares, each class in the same proportion.
 
-    shares: one positive number per silo, relative (they need not sum to 1). num_rows:
-    deal out only so many rows, drawn at random, and leave the others to nobody.
+    shares: one positive number per silo, relative (they need not sum to 1); each silo
+    gets at least one row. num_rows: deal out only so many rows, drawn at random, and
+    leave the others to nobody.
     """
     weights = np.asarray(shares, dtype=float)
     if not (weights > 0).all():
@@ -64,11 +65,15 @@ def partition_by_quantity(
         )
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(rows) for rows in _rows_by_class(y)]
-    # Where a row stands in its class, 0..1: the first num_rows have the overall mix.
+    # Where a row stands in its class, 0..1: any stretch has the overall mix.
     place = np.concatenate([(np.arange(len(r)) + 0.5) / len(r) for r in rows])
     dealt = np.concatenate(rows)[np.argsort(place, kind="stable")][:num_rows]
-    by_class = [_split(dealt[y[dealt] == k], weights, rng) for k in np.unique(y)]
-    return _named([np.concatenate(parts) for parts in zip(*by_class, strict=True)])
+    ends = (np.cumsum(weights / weights.sum())[:-1] * len(dealt)).round().astype(int)
+    index = np.arange(1, len(weights))  # silo k ends at row k or later: none is empty
+    ends = index + np.clip(
+        np.maximum.accumulate(ends - index), 0, len(dealt) - len(weights)
+    )
+    return _named(np.split(dealt, ends))
 
 
 def partition_dirichlet(
@@ -145,6 +150,8 @@ def split_silo(name: str, examples: Examples, *, test_share: float, seed: int) -
     Also makes the validation split: pass a silo's training examples, and tune on the
     `test` of what comes back.
     """
+    if len(examples.y) == 0:
+        raise ValueError(f"silo {name!r} has no rows to split; leave it out")
     rng = _silo_rng(seed, name)
     train, test = [], []
     for rows in _rows_by_class(examples.y.numpy()):
@@ -223,11 +230,11 @@ def _split(
 
 
 def _named(parts: Sequence[np.ndarray]) -> Partition:
-    names = [f"Hospital {silo_letter(k)}" for k in range(len(parts))]
+    names = [f"Hospital {_letters(k)}" for k in range(len(parts))]
     return {name: np.sort(rows) for name, rows in zip(names, parts, strict=True)}
 
 
-def silo_letter(index: int) -> str:
+def _letters(index: int) -> str:
     """0, 1, ... as A, B, ..., Z, AA, AB, ..."""
     letters = ""
     index += 1

@@ -104,16 +104,18 @@ def run_rounds(
     workers: silos that train at the same time, each in a thread with one intra-op
     thread; None leaves it to `default_workers`. The result is the same for any number.
     checkpoint: a file, written every `checkpoint_every` rounds; if it exists, the run
-    goes on from it and ends with the same bits as one that was never interrupted.
+    goes on from it and ends with the same bits as one that was never interrupted. It
+    knows the seed, silos, sampling and model, not your functions and their settings:
+    give each algorithm a file of its own.
     on_round(record, params) is called after each round. progress: show a bar with the
     round, time left, and the mean balanced accuracy or training loss.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
     _check_run(silos, rounds, silos_per_round, workers)
     _check_positive(evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
-    history = History({name: value.detach().clone() for name, value in params.items()})
+    history = History(dict(params))
     run_id = {"seed": seed, "silos": [silo.name for silo in silos]}
-    run_id |= {"silos_per_round": silos_per_round, "model": _layout(params)}
+    run_id |= {"silos_per_round": silos_per_round, "model": _fingerprint(params)}
     if checkpoint is not None and Path(checkpoint).exists():
         history = _load_checkpoint(Path(checkpoint), run_id, rounds)
     done = len(history.rounds)
@@ -312,7 +314,7 @@ def _save_checkpoint(path: Path, run_id: dict[str, Any], history: History) -> No
     os.replace(temporary, path)
 
 
-def _layout(params: Params) -> str:
+def _fingerprint(params: Params) -> str:
     """Fingerprint of the names, shapes and dtypes of a model's state."""
     text = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in sorted(params.items())]
     return hashlib.blake2b("\n".join(text).encode(), digest_size=4).hexdigest()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SiloLike(Protocol):
@@ -59,8 +60,8 @@ def train_locally(
 
     model: changed in place; it holds the parameters to start from.
     silo.train: x [N, ...] float, y [N] class indices. epochs: may be a fraction.
-    rng: CPU generator, the source of randomness (order of examples, dropout layers;
-    other layers that draw numbers use torch's global generator: then workers=1).
+    rng: CPU generator, the only source of randomness (order of examples, dropout and
+    other layers of torch that draw numbers; on a GPU, dropout is seeded from it).
     proximal_mu: weight of the FedProx term mu/2 * |w - w_start|^2 (Li et al. 2020,
     eq. 2); 0 is plain SGD. loss_fn(logits, y): mean loss of a batch, per example.
 
@@ -71,7 +72,7 @@ def train_locally(
     Raises ValueError for empty or mismatched data, FloatingPointError on divergence.
     """
     x, y = silo.train
-    _check_inputs(silo.name, x, y, epochs, lr, batch_size)
+    _check_inputs(silo.name, x, y, epochs, lr, batch_size, proximal_mu)
     x, y = x.to(device), y.to(device)
     model.to(device).train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -81,16 +82,18 @@ def train_locally(
     )
     steps = num_steps(len(x), epochs=epochs, batch_size=batch_size)
     total_loss = torch.zeros((), device=device)
-    with _seeded_dropout(model, rng):
-        for batch in _batches(len(x), batch_size, steps, rng):
-            batch = batch.to(device)
-            loss = loss_fn(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            if proximal_mu:
-                _add_proximal_gradient(weights, start, proximal_mu)
-            optimizer.step()
-            total_loss += loss.detach()  # stays on the device: no wait per step
+    seeded = _seeded(model, rng, torch.device(device))
+    for batch in _batches(len(x), batch_size, steps, rng):
+        batch = batch.to(device)
+        with seeded:
+            logits = model(x[batch])
+        loss = loss_fn(logits, y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        if proximal_mu:
+            _add_proximal_gradient(weights, start, proximal_mu)
+        optimizer.step()
+        total_loss += loss.detach()  # stays on the device: no wait per step
     mean_loss = total_loss.item() / steps
     params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
     if not math.isfinite(mean_loss) or not _all_finite(params):
@@ -208,31 +211,46 @@ def _add_proximal_gradient(
                 weight.grad.add_(weight - anchor, alpha=mu)
 
 
-@contextmanager
-def _seeded_dropout(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
-    """Let nn.Dropout and its 1d-3d kin draw from `rng`.
+class _DrawFrom(TorchDispatchMode):
+    """In this thread, let every operation that draws numbers draw from `rng`.
 
-    By themselves they draw from torch's global generator, which belongs to the whole
-    process: silos that train in other threads would change the result.
+    By themselves dropout layers draw from torch's global generator, which belongs to
+    the whole process: silos that train in other threads would change the result.
     """
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-    layers = [m for m in model.modules() if isinstance(m, kinds) and 0 < m.p < 1]
-    for layer in layers:
-        layer.forward = partial(_dropout, layer, rng)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own is back
+
+    def __init__(self, rng: torch.Generator) -> None:
+        super().__init__()
+        self.rng = rng
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _can_draw(func):
+            kwargs = {**kwargs, "generator": self.rng}
+        return func(*args, **kwargs)
 
 
-def _dropout(layer: nn.Module, rng: torch.Generator, x: Tensor) -> Tensor:
-    if not layer.training:
-        return x
-    whole_channels = () if isinstance(layer, nn.Dropout) else (1,) * (x.dim() - 2)
-    shape = (*x.shape[:2], *whole_channels) if whole_channels else x.shape
-    kept = torch.empty(shape).bernoulli_(1 - layer.p, generator=rng)
-    return x * (kept / (1 - layer.p)).to(x)
+@cache
+def _can_draw(operation: Any) -> bool:
+    return any(a.name == "generator" for a in operation._schema.arguments)
+
+
+def _seeded(
+    model: nn.Module, rng: torch.Generator, device: torch.device
+) -> AbstractContextManager[Any]:
+    """Context for forward passes whose draws come from `rng`; nothing if none draw."""
+    draws = any(
+        isinstance(module, nn.RReLU) or isinstance(rate, float) and rate > 0
+        for module in model.modules()
+        for rate in (getattr(module, name, 0) for name in ("p", "dropout"))
+    )
+    if not draws:
+        return nullcontext()
+    if device.type != "cpu":  # there, dropout draws from the device's own generator
+        torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        return nullcontext()
+    return _DrawFrom(rng)
 
 
 def _all_finite(params: dict[str, Tensor]) -> bool:
@@ -240,7 +258,13 @@ def _all_finite(params: dict[str, Tensor]) -> bool:
 
 
 def _check_inputs(
-    name: str, x: Tensor, y: Tensor, epochs: float, lr: float, batch_size: int
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    epochs: float,
+    lr: float,
+    batch_size: int,
+    proximal_mu: float,
 ) -> None:
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(
@@ -250,3 +274,5 @@ def _check_inputs(
     for label, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
         if not value > 0:
             raise ValueError(f"{label} must be > 0, got {value} (silo {name!r})")
+    if not proximal_mu >= 0:
+        raise ValueError(f"proximal_mu must be >= 0, got {proximal_mu}")

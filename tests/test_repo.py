@@ -72,6 +72,13 @@ def test_helper_functions_can_be_seen_whole(path):
             assert length <= 55, f"{path.name}: {node.name} has {length} lines"
 
 
+def test_the_one_function_in_two_files_does_the_same():
+    from fl_helpers import silos, synthetic_cxr
+
+    for index in (0, 25, 26, 701, 702):
+        assert silos._letters(index) == synthetic_cxr._letters(index)
+
+
 def test_nothing_unpickles_but_our_own_checkpoint():
     found = [
         f"{path.name}: {line.strip()}"

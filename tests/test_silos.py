@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_helpers.silos import (
+    _letters,
     make_silos,
     partition_by_quantity,
     partition_by_site,
     partition_dirichlet,
     partition_iid,
     pool_silos,
-    silo_letter,
     split_silo,
     summarize_silos,
     to_tensor,
@@ -60,6 +60,14 @@ def test_iid_deals_equal_shares_and_the_seed_matters():
 def test_quantity_keeps_the_label_mix():
     partition = partition_by_quantity(Y, [4, 1], seed=0)
     assert counts(partition).tolist() == [[240, 160, 80], [60, 40, 20]]  # 4/5 and 1/5
+
+
+def test_no_silo_is_empty_even_with_tiny_classes():
+    for shares in ([1, 1], [1000, 1, 1], [1, 1, 1000]):
+        partition = partition_by_quantity(np.arange(10), shares, seed=0)
+        assert min(map(len, partition.values())) >= 1
+    with pytest.raises(ValueError, match="'x' has no rows"):
+        make_silos(X, Y, {"x": np.array([], int)}, test_share=0.5, seed=0)
 
 
 def test_quantity_can_leave_rows_to_nobody():
@@ -192,7 +200,7 @@ def test_dirichlet_uses_every_row_at_extreme_skew():
 
 
 def test_letters_go_on_after_z():
-    letters = [silo_letter(k) for k in (0, 25, 26, 51, 52, 701, 702)]
+    letters = [_letters(k) for k in (0, 25, 26, 51, 52, 701, 702)]
     assert letters == ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
 
 

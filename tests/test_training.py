@@ -8,6 +8,7 @@ import torch
 from conftest import batchnorm_model, linear_model
 from sklearn import metrics as sk
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from fl_helpers.training import (
     classification_metrics,
@@ -127,6 +128,11 @@ def test_divergence_names_the_silo(silos):
 def test_bad_settings_are_named(silos, option):
     with pytest.raises(ValueError, match=f"{option} must be > 0, got 0"):
         train(linear_model(), silos[0], **{option: 0})
+
+
+def test_a_negative_proximal_term_is_refused(silos):
+    with pytest.raises(ValueError, match="proximal_mu must be >= 0, got -1"):
+        train(linear_model(), silos[0], proximal_mu=-1)
 
 
 def test_empty_or_mismatched_data_is_refused():
@@ -317,3 +323,43 @@ def test_batches_are_full_and_show_each_example_at_most_once_per_epoch():
     epochs = [seen[k] + seen[k + 1] for k in (0, 2, 4)]
     assert all(len(set(rows)) == 8 for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 3  # shuffled again
+
+
+class _Sequence(nn.Module):
+    """The rows of an image as a sequence, through a layer that has its own dropout."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(16, 2)
+
+    def forward(self, x):
+        out = self.layer(x[:, 0])
+        return self.head((out[0] if isinstance(out, tuple) else out).mean(1))
+
+
+DRAWING = {
+    "alpha": lambda: nn.Sequential(nn.Flatten(), nn.AlphaDropout(0.5)),
+    "depth": lambda: nn.Sequential(nn.Flatten(), StochasticDepth(0.5, "row")),
+    "rrelu": lambda: nn.Sequential(nn.Flatten(), nn.RReLU()),
+    "lstm": lambda: nn.LSTM(16, 16, 2, dropout=0.5, batch_first=True),
+    "attention": lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.5, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_all_layers_that_draw_take_their_numbers_from_rng(silos, kind):
+    model = DRAWING[kind]()
+    if kind in ("lstm", "attention"):
+        model = _Sequence(model)
+    else:
+        model.append(nn.Linear(256, 2))
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(torch.seed())  # whatever ran before
+        before = torch.get_rng_state()
+        options = dict(batch_size=40, rng=rng(seed))  # the order does not matter
+        states.append(train(copy.deepcopy(model), silos[0], **options).params)
+        assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = (torch.cat([v.flatten() for v in s.values()]) for s in states)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-5)

@@ -19,6 +19,7 @@ from fl_helpers.models import small_cnn
 from fl_helpers.silos import (
     make_silos,
     partition_by_quantity,
+    partition_by_site,
     pool_silos,
     split_silo,
 )
@@ -37,13 +38,11 @@ def validation_silos(dataset, root, seed):
     """Silos whose `test` is a validation set, cut from the training set."""
     if dataset == "synthetic_cxr":
         data = synthetic_cxr(SIZES, heterogeneity=0.25, seed=seed)
-        names = sorted(set(data.site))
-        partition = {name: np.flatnonzero(data.site == name) for name in names}
+        partition = partition_by_site(data.site)
     else:
         data = drop_duplicates(load_medmnist(dataset, root))
-        rest = len(data) - sum(SIZES)
-        partition = partition_by_quantity(data.y, (*SIZES, rest), seed=seed)
-        del partition[max(partition)]  # the rows that no hospital gets
+        exactly = dict(seed=seed, num_rows=sum(SIZES))
+        partition = partition_by_quantity(data.y, SIZES, **exactly)
     silos = make_silos(data.x, data.y, partition, test_share=TEST_SHARE, seed=seed)
     cut = dict(test_share=VALIDATION_SHARE, seed=seed)
     return [split_silo(s.name, s.train, **cut) for s in silos], len(data.classes)
