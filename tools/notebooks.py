@@ -75,11 +75,9 @@ def literal(text: str) -> Any:
     """A number, list or quoted string as Python reads it, else the text itself."""
     try:
         value = ast.literal_eval(text)
-        return (
-            list(value) if isinstance(value, tuple) else value
-        )  # papermill: no tuples
     except (ValueError, SyntaxError):
         return text
+    return list(value) if isinstance(value, tuple) else value  # papermill: no tuples
 
 
 def check_parameters(paths: list[Path], parameters: dict[str, Any]) -> None:
