@@ -1,19 +1,22 @@
 """Aggregation at the orchestrator: from the silos' updates to the next global model.
 
-FedAvg (McMahan et al. 2017, Algorithm 1, server side). Simplified: every silo that was
-asked is averaged; who is asked is the round loop's business. Needs only torch: copy
-this file on its own.
+`weighted_average` is FedAvg (McMahan et al. 2017, Algorithm 1, server side). The rules
+after it remember something between rounds: `rule = FedAdam(params, trainable, lr=0.01)`
+is then called with the updates, as `weighted_average` is. Who is asked for an update is
+the round loop's business. Needs only torch: copy this file on its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+Params = dict[str, Tensor]
 Layout = dict[str, tuple[torch.Size, torch.dtype]]  # name: (shape, dtype)
 
 
@@ -26,7 +29,7 @@ class UpdateLike(Protocol):
     @property
     def params(self) -> Mapping[str, Tensor]: ...
     @property
-    def num_examples(self) -> int: ...
+    def num_examples(self) -> float: ...
 
 
 def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
@@ -46,7 +49,7 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
     mean: dict[str, Tensor] = {}
     layout: Layout = {}
     seen: set[str] = set()
-    total = 0
+    total = 0.0
     for update in updates:
         _check_header(update, seen)
         if not seen:
@@ -60,6 +63,339 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
     if not seen:
         raise ValueError("no updates to average; at least one silo must take part")
     return {name: value.to(layout[name][1]) for name, value in mean.items()}
+
+
+class ServerRule:
+    """What the rules below share: the global model, and memory between rounds.
+
+    params: the model that the first round starts from. trainable: names of its
+    parameters, `[name for name, _ in model.named_parameters()]`; only these are moved
+    by the rule. Every other entry (BatchNorm statistics and counters, SCAFFOLD's
+    variates) is averaged: an optimizer step could make a variance negative.
+
+    Calling a rule with the updates of a round returns the next global model, new
+    tensors, with the updates' names; entries that stayed in the silos keep out. If an
+    update is refused, nothing has changed. One object serves one run: its `state_dict`
+    (flat, tensors only) is part of the run's checkpoint.
+    Raises ValueError for trainable names that params lacks, and as `weighted_average`.
+    """
+
+    memory: tuple[str, ...] = ()  # tensors kept for each trainable entry
+
+    def __init__(self, params: Mapping[str, Tensor], trainable: Iterable[str]) -> None:
+        self.params = {name: value.detach().clone() for name, value in params.items()}
+        self.trainable = frozenset(trainable)
+        unknown = sorted(self.trainable - self.params.keys())
+        if unknown or not self.trainable:
+            raise ValueError(
+                f"trainable must name entries of params, at least one; unknown: "
+                f"{unknown[:3]}"
+            )
+        self.rounds_done = 0
+        self._memory = {
+            f"{slot}.{name}": torch.zeros_like(self.params[name])
+            for slot in self.memory
+            for name in sorted(self.trainable)
+        }
+
+    def __call__(self, updates: Iterable[UpdateLike]) -> Params:
+        mean, scale = self._reduce(updates)
+        new, memory = dict(mean), dict(self._memory)
+        for name in self.trainable & mean.keys():
+            old = [memory[f"{slot}.{name}"] for slot in self.memory]
+            target = self.params[name].lerp(
+                mean[name], scale
+            )  # scale 1: the mean itself
+            new[name], kept = self._step(self.params[name], target, *old)
+            for slot, value in zip(self.memory, kept, strict=True):
+                memory[f"{slot}.{name}"] = value
+        self.params, self._memory = self.params | new, memory
+        self.rounds_done += 1
+        return new
+
+    def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
+        """Mean of the updates, and how far to go towards it (1: all the way)."""
+        return weighted_average(updates), 1.0
+
+    def _step(
+        self, old: Tensor, mean: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Next value of one trainable entry, and what to remember of it."""
+        return mean, ()
+
+    def state_dict(self) -> Params:
+        """Everything that the next round depends on; copies."""
+        state = {f"params.{name}": value for name, value in self.params.items()}
+        state = {name: value.clone() for name, value in (state | self._memory).items()}
+        return state | {"rounds_done": torch.tensor(self.rounds_done)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict` of the same rule for the same model."""
+        own = self.state_dict()
+        layout = {name: (value.shape, value.dtype) for name, value in own.items()}
+        found = {name: (value.shape, value.dtype) for name, value in state.items()}
+        if found != layout:
+            differ = sorted(k for k in layout | found if layout.get(k) != found.get(k))
+            raise ValueError(
+                f"this is not the state of a {type(self).__name__} for this model: "
+                f"{differ[:3]} differ; start anew, or use the rule that wrote it"
+            )
+        self.params = {name: state[f"params.{name}"].clone() for name in self.params}
+        self._memory = {name: state[name].clone() for name in self._memory}
+        self.rounds_done = int(state["rounds_done"])
+
+
+class FedAvgM(ServerRule):
+    """FedAvg with momentum at the server (Hsu, Qi and Brown 2019, section 4.3).
+
+    delta = mean - x;  v <- momentum * v + delta;  x <- x + lr * v
+    """
+
+    memory = ("momentum",)
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        trainable: Iterable[str],
+        *,
+        lr: float = 1.0,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(params, trainable)
+        _check_range("lr", lr, above=0)
+        _check_range("momentum", momentum, least=0, below=1)
+        self.lr, self.momentum = lr, momentum
+
+    def _step(
+        self, old: Tensor, mean: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (velocity,) = memory
+        # lerp, so that lr = 1 without momentum is the mean itself, to the last bit.
+        new = old.lerp(mean, self.lr) + self.lr * self.momentum * velocity
+        return new, (self.momentum * velocity + (mean - old),)
+
+
+class _Adaptive(ServerRule):
+    """FedOpt (Reddi et al. 2021, Algorithm 2): a step size per parameter.
+
+    delta = mean - x;  m <- beta1 * m + (1 - beta1) * delta;  v <- the rule's own
+    x <- x + lr * m / (sqrt(v) + tau)
+
+    lr: server learning rate, in units of the parameters: a step moves no entry by much
+    more than lr. tau: the smallest scale of a delta that still counts. v starts at 0,
+    as in Flower (the paper: at least tau^2).
+    """
+
+    memory = ("first_moment", "second_moment")
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        trainable: Iterable[str],
+        *,
+        lr: float = 0.01,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        tau: float = 1e-3,
+    ) -> None:
+        super().__init__(params, trainable)
+        _check_range("lr", lr, above=0)
+        _check_range("beta1", beta1, least=0, below=1)
+        _check_range("beta2", beta2, least=0, below=1)
+        _check_range("tau", tau, above=0)
+        self.lr, self.beta1, self.beta2, self.tau = lr, beta1, beta2, tau
+
+    def _step(
+        self, old: Tensor, mean: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        first, second = memory
+        delta = mean - old
+        first = self.beta1 * first + (1 - self.beta1) * delta
+        second = self._second_moment(second, delta.square())
+        step = self.lr * self._correction() * first / (second.sqrt() + self.tau)
+        return old + step, (first, second)
+
+    def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _correction(self) -> float:
+        return 1.0
+
+
+class FedAdagrad(_Adaptive):
+    """FedOpt with v <- v + delta^2: steps only ever get smaller."""
+
+    def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        return v + squared
+
+
+class FedYogi(_Adaptive):
+    """FedOpt with v <- v - (1 - beta2) * delta^2 * sign(v - delta^2)."""
+
+    def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        return v - (1 - self.beta2) * squared * torch.sign(v - squared)
+
+
+class FedAdam(_Adaptive):
+    """FedOpt with v <- beta2 * v + (1 - beta2) * delta^2, and Adam's bias correction.
+
+    In round t the step is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), as in
+    `torch.optim.Adam` (Kingma and Ba 2015) and Flower; Reddi et al. leave it out.
+    """
+
+    def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        return self.beta2 * v + (1 - self.beta2) * squared
+
+    def _correction(self) -> float:
+        t = self.rounds_done + 1
+        return math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
+
+
+class FedNova(ServerRule):
+    """Normalised averaging for silos that take unequal numbers of steps (Wang et al.
+    2020, eq. 6 and section 4): a silo that trains longer pulls no harder.
+
+    d_k = (w_k - x) / a_k;  x <- x + (sum p_k a_k) * sum p_k d_k,  p_k = n_k / n
+
+    a_k is the length of the silo's path in units of one gradient step: its number of
+    steps (update.metrics["steps"]), or with local momentum rho the sum of the weights
+    that its gradients get. momentum: the rho that the silos train with.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        trainable: Iterable[str],
+        *,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(params, trainable)
+        _check_range("momentum", momentum, least=0, below=1)
+        self.momentum = momentum
+
+    def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
+        sums = {"examples": 0.0, "length": 0.0, "weight": 0.0, "unit": 0.0}
+
+        def reweighted() -> Iterator[UpdateLike]:
+            for update in updates:
+                length = self._path_length(_metric(update, "steps"))
+                sums["unit"] = sums["unit"] or length
+                weight = update.num_examples * (sums["unit"] / length)
+                sums["examples"] += update.num_examples
+                sums["length"] += update.num_examples * (length / sums["unit"])
+                sums["weight"] += weight
+                yield _Reweighted(update.silo, update.params, weight)
+
+        mean = weighted_average(reweighted())
+        return mean, sums["length"] * sums["weight"] / sums["examples"] ** 2
+
+    def _path_length(self, steps: float) -> float:
+        """|a| = sum over j of (1 - rho^j) / (1 - rho), j = 1..steps."""
+        rho = self.momentum
+        return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+
+class QFedAvg(ServerRule):
+    """q-FedAvg: silos that the global model serves badly count more (Li et al. 2020,
+    Algorithm 2).
+
+    F_k: loss of the global model on silo k's training examples, before it trains
+    (update.metrics["loss_before"]).  Delta_k = L * F_k^q * (x - w_k)
+    h_k = q * F_k^(q-1) * |L * (x - w_k)|^2 + L * F_k^q
+    x <- x - sum(n_k * Delta_k) / sum(n_k * h_k)
+
+    q: 0 is FedAvg; larger is fairer, and takes smaller steps. lipschitz: the paper's L,
+    1 / (the silos' learning rate). The paper draws silos in proportion to n_k; here all
+    take part and are weighted by it. Entries that are not trainable get the weights
+    n_k * F_k^q.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        trainable: Iterable[str],
+        *,
+        q: float,
+        lipschitz: float,
+    ) -> None:
+        super().__init__(params, trainable)
+        _check_range("q", q, least=0)
+        _check_range("lipschitz", lipschitz, above=0)
+        self.q, self.lipschitz = q, lipschitz
+
+    def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
+        sums = {"weight": 0.0, "h": 0.0}
+
+        def reweighted() -> Iterator[UpdateLike]:
+            for update in updates:
+                loss = _metric(update, "loss_before") + 1e-10  # 0 has no power q - 1
+                weight = update.num_examples * loss**self.q
+                curvature = self.q * loss ** (self.q - 1) * self.lipschitz
+                curvature *= self._squared_distance(update)
+                sums["weight"] += weight
+                sums["h"] += weight + update.num_examples * curvature
+                yield _Reweighted(update.silo, update.params, weight)
+
+        mean = weighted_average(reweighted())
+        return mean, sums["weight"] / sums["h"]
+
+    def _squared_distance(self, update: UpdateLike) -> float:
+        names = [name for name in update.params if name in self.trainable]
+        gaps = (self.params[k].double() - update.params[k].double() for k in names)
+        return sum(gap.square().sum().item() for gap in gaps)
+
+
+def update_cosines(
+    updates: Iterable[UpdateLike],
+    params: Mapping[str, Tensor],
+    trainable: Collection[str],
+) -> Tensor:
+    """Cosine between each two silos' deltas: 1 = they pull the same way, 0 = unrelated.
+
+    params: the global model that the updates started from. Returns [K, K], in the
+    order of the updates; NaN for a silo that did not move.
+    """
+    deltas = []
+    for update in updates:
+        names = [name for name in update.params if name in trainable]
+        moved = [(update.params[k].double() - params[k]).flatten() for k in names]
+        deltas.append(torch.cat(moved))
+    directions = torch.stack(deltas)
+    unit = directions / directions.norm(dim=1, keepdim=True)
+    return unit @ unit.T
+
+
+@dataclass(frozen=True)
+class _Reweighted:
+    """An update that counts as if it had another number of examples."""
+
+    silo: str
+    params: Mapping[str, Tensor]
+    num_examples: float
+
+
+def _metric(update: UpdateLike, name: str) -> float:
+    value = getattr(update, "metrics", {}).get(name, math.nan)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"silo {update.silo!r} reports {name}={value}; this rule needs it as a "
+            f"number >= 0 in the update's metrics"
+        )
+    return value
+
+
+def _check_range(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    if not (value > above and value >= least and value < below):
+        low = f"> {above}" if above > -math.inf else f">= {least}"
+        high = f" and < {below}" if below < math.inf else ""
+        raise ValueError(f"{name} must be {low}{high}, got {value}")
 
 
 def _accumulate(

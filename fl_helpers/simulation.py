@@ -13,10 +13,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -52,10 +52,16 @@ class History:
 
     A record holds round (from 0), silos (names that took part), train and test
     ({silo: {metric: value}}), bytes_down and bytes_up (all silos together), seconds.
+    local: {silo: entries of the state that it never sent}, empty without `keep_local`.
     """
 
     params: Params
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    local: dict[str, Params] = field(default_factory=dict)
+
+    def params_of(self, silo: str) -> Params:
+        """The model as one silo has it: the global entries and its own."""
+        return self.params | self.local.get(silo, {})
 
     def per_silo(self, metric: str) -> dict[str, list[float]]:
         """One value per evaluated round and silo: {silo: [value, ...]}."""
@@ -85,6 +91,7 @@ def run_rounds(
     evaluate: Callable[[Params, Any], Metrics] | None = None,
     evaluate_every: int = 1,
     silos_per_round: int | None = None,
+    keep_local: Collection[str] = (),
     workers: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1,
@@ -96,29 +103,37 @@ def run_rounds(
     params: initial global model, not modified. silos: reduced in the order of their
     names, whatever order they are given in. client_update(params, silo, round_index=,
     rng=) runs inside a silo; rng depends on (seed, silo name, round) only.
-    aggregate(updates) gets an iterator; at most 2 * workers updates exist at a time.
-    evaluate(params, silo): metrics of the global model on the silo's own test set,
-    every `evaluate_every` rounds and after the last. silos_per_round: how many silos
-    are drawn for each round; None is all.
+    aggregate(updates) gets an iterator; at most 2 * workers updates exist at a time. If
+    it remembers something between rounds, it has `params`, the global model it stands
+    at, and `state_dict` / `load_state_dict`; it must be new, or resumed with the run.
+    evaluate(params, silo): metrics of the silo's model on its own test set, every
+    `evaluate_every` rounds and after the last. silos_per_round: how many silos are
+    drawn for each round; None is all.
+    keep_local: names of entries that never leave a silo: each goes on with its own, and
+    they are neither averaged nor counted in bytes. Normalisation layers make this
+    FedBN (Li et al. 2021), the head FedPer (Arivazhagan et al. 2019).
 
     workers: silos that train at the same time, each in a thread with one intra-op
     thread; None leaves it to `default_workers`. The result is the same for any number.
     checkpoint: a file, written every `checkpoint_every` rounds; if it exists, the run
-    goes on from it and ends with the same bits as one that was never interrupted. It
-    knows the seed, silos, sampling and model, not your functions and their settings:
-    give each algorithm a file of its own.
+    goes on from it and ends with the same bits as one that was never interrupted: it
+    also holds what silos keep and what aggregate remembers. It knows the seed, silos,
+    sampling and model, not your functions and their settings: give each algorithm a
+    file of its own.
     on_round(record, params) is called after each round. progress: show a bar with the
     round, time left, and the mean balanced accuracy or training loss.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
     _check_run(silos, rounds, silos_per_round, workers)
     _check_positive(evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
-    history = History(dict(params))
+    history = _first_history(params, silos, keep_local)
     run_id = {"seed": seed, "silos": [silo.name for silo in silos]}
     run_id |= {"silos_per_round": silos_per_round, "model": _fingerprint(params)}
+    run_id |= {"keep_local": sorted(keep_local), "memory": _memory_kind(aggregate)}
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _load_checkpoint(Path(checkpoint), run_id, rounds)
+        history = _load_checkpoint(Path(checkpoint), run_id, rounds, aggregate)
     done = len(history.rounds)
+    _check_aggregate(aggregate, history.params)
     workers = workers or default_workers(params, silos_per_round or len(silos))
     with _worker_pool(workers) as pool, _bar(rounds, done, progress) as bar:
         for round_index in range(done, rounds):
@@ -129,14 +144,11 @@ def run_rounds(
             )
             last = round_index == rounds - 1
             if evaluate and (last or (round_index + 1) % evaluate_every == 0):
-                tests = pool.map(lambda silo: evaluate(history.params, silo), silos)
-                record["test"] = {
-                    s.name: _plain(t) for s, t in zip(silos, tests, strict=True)
-                }
+                record["test"] = _test(history, silos, evaluate, pool)
             record["seconds"] = time.perf_counter() - started
             history.rounds.append(record)
             if checkpoint and (last or (round_index + 1) % checkpoint_every == 0):
-                _save_checkpoint(Path(checkpoint), run_id, history)
+                _save_checkpoint(Path(checkpoint), run_id, history, aggregate)
             if on_round:
                 on_round(record, history.params)
             _advance(bar, history)
@@ -216,7 +228,7 @@ def _play_round(
     pool: _Pool,
 ) -> dict[str, Any]:
     """Scatter, train, gather: sets history.params and returns the round's record."""
-    before = history.params
+    before, kept = history.params, {}
     record: dict[str, Any] = {
         "round": round_index,
         "silos": [silo.name for silo in chosen],
@@ -228,16 +240,61 @@ def _play_round(
 
     def train(silo: SiloLike) -> Any:
         rng = silo_rng(seed, silo.name, round_index)
-        return client_update(before, silo, round_index=round_index, rng=rng)
+        own = history.params_of(silo.name)
+        return client_update(own, silo, round_index=round_index, rng=rng)
 
     def received() -> Iterator[Any]:
-        for update in pool.map(train, chosen):
+        for silo, update in zip(chosen, pool.map(train, chosen), strict=True):
+            if history.local:
+                update, kept[silo.name] = _divide(update, history.local[silo.name])
             record["train"][update.silo] = _plain(update.metrics)
             record["bytes_up"] += state_bytes(update.params)
             yield update
 
     history.params = aggregate(received())
+    history.local |= kept
     return record
+
+
+def _test(
+    history: History,
+    silos: Sequence[SiloLike],
+    evaluate: Callable[[Params, Any], Metrics],
+    pool: _Pool,
+) -> dict[str, Metrics]:
+    """Metrics of each silo's model on its own test set."""
+
+    def test(silo: SiloLike) -> Metrics:
+        return _plain(evaluate(history.params_of(silo.name), silo))
+
+    names = [silo.name for silo in silos]
+    return dict(zip(names, pool.map(test, silos), strict=True))
+
+
+def _first_history(
+    params: Params, silos: Sequence[SiloLike], keep_local: Collection[str]
+) -> History:
+    """Before the first round: every silo's own entries are those of params."""
+    unknown = sorted(set(keep_local) - params.keys())
+    if unknown:
+        raise ValueError(f"keep_local names entries that params lacks: {unknown[:3]}")
+    own = {name: value for name, value in params.items() if name in keep_local}
+    if len(own) == len(params):
+        raise ValueError("keep_local names every entry; that is `run_alone`")
+    shared = {name: value for name, value in params.items() if name not in own}
+    return History(shared, local={s.name: own for s in silos} if own else {})
+
+
+def _divide(update: Any, own: Params) -> tuple[Any, Params]:
+    """An update without the silo's own entries, and these."""
+    missing = sorted(own.keys() - update.params.keys())
+    if missing:
+        raise ValueError(
+            f"silo {update.silo!r} must return the entries it keeps, too; it lacks "
+            f"{missing[:3]}"
+        )
+    sent = {name: value for name, value in update.params.items() if name not in own}
+    return replace(update, params=sent), {name: update.params[name] for name in own}
 
 
 def _plain(metrics: Metrics) -> Metrics:
@@ -302,11 +359,34 @@ def _worker_pool(workers: int) -> Iterator[_Pool]:
         torch.set_num_threads(threads)
 
 
-def _save_checkpoint(path: Path, run_id: dict[str, Any], history: History) -> None:
+def _memory_kind(aggregate: Any) -> str | None:
+    """Name of the rule if it remembers something, None for a plain function."""
+    return type(aggregate).__name__ if hasattr(aggregate, "state_dict") else None
+
+
+def _check_aggregate(aggregate: Any, params: Params) -> None:
+    """Refuse a rule that stands at another model: made for one, or used before."""
+    if _memory_kind(aggregate) is None:
+        return
+    own = aggregate.params
+    differ = [k for k, v in params.items() if k not in own or not own[k].equal(v)]
+    if differ:
+        raise ValueError(
+            f"this {type(aggregate).__name__} does not stand at the params of this run "
+            f"({differ[:3]} differ): it was made for others or has been used; make a "
+            "new one for each run"
+        )
+
+
+def _save_checkpoint(
+    path: Path, run_id: dict[str, Any], history: History, aggregate: Any
+) -> None:
     """Write to a temporary file and rename it: a crash leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     content = {"run": run_id, "params": history.params, "rounds": history.rounds}
+    content["local"] = history.local
+    content["memory"] = aggregate.state_dict() if run_id["memory"] else {}
     with temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()
@@ -320,10 +400,13 @@ def _fingerprint(params: Params) -> str:
     return hashlib.blake2b("\n".join(text).encode(), digest_size=4).hexdigest()
 
 
-def _load_checkpoint(path: Path, run_id: dict[str, Any], rounds: int) -> History:
+def _load_checkpoint(
+    path: Path, run_id: dict[str, Any], rounds: int, aggregate: Any
+) -> History:
     try:  # our own file; weights_only: tensors and plain values, no code is run
         content = torch.load(path, weights_only=True)
-        found, history = content["run"], History(content["params"], content["rounds"])
+        found, memory = content["run"], content["memory"]
+        history = History(content["params"], content["rounds"], content["local"])
     except Exception as error:
         raise ValueError(
             f"{path} is not a checkpoint of run_rounds ({error}); name another file, "
@@ -339,6 +422,8 @@ def _load_checkpoint(path: Path, run_id: dict[str, Any], rounds: int) -> History
             f"{path} belongs to another run: {len(history.rounds)} rounds are done, "
             f"this one has {rounds}; ask for more rounds or name another file"
         )
+    if run_id["memory"]:
+        aggregate.load_state_dict(memory)
     return history
 
 

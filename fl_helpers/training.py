@@ -7,7 +7,7 @@ training) or metrics. Needs only torch: copy this file on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -53,6 +53,7 @@ def train_locally(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     proximal_mu: float = 0.0,
+    adjust_gradients: Callable[[nn.Module], None] | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     device: str | torch.device = "cpu",
 ) -> Update:
@@ -63,7 +64,9 @@ def train_locally(
     rng: CPU generator, the only source of randomness (order of examples, dropout and
     other layers of torch that draw numbers; on a GPU, dropout is seeded from it).
     proximal_mu: weight of the FedProx term mu/2 * |w - w_start|^2 (Li et al. 2020,
-    eq. 2); 0 is plain SGD. loss_fn(logits, y): mean loss of a batch, per example.
+    eq. 2); 0 is plain SGD. adjust_gradients(model): called before each step; may change
+    the parameters' .grad in place, as `ControlVariates.correct` does. loss_fn(logits,
+    y): mean loss of a batch, per example.
 
     Each epoch takes N // batch_size steps of exactly batch_size examples (one step
     with all of them if N is smaller); the rest is left out of that epoch, as with
@@ -92,6 +95,8 @@ def train_locally(
         loss.backward()
         if proximal_mu:
             _add_proximal_gradient(weights, start, proximal_mu)
+        if adjust_gradients:
+            adjust_gradients(model)
         optimizer.step()
         total_loss += loss.detach()  # stays on the device: no wait per step
     mean_loss = total_loss.item() / steps
@@ -117,6 +122,88 @@ def cosine_lr(lr: float, round_index: int, rounds: int) -> float:
     within a round, so that every engine and every silo uses the same value.
     """
     return lr * 0.5 * (1 + math.cos(math.pi * round_index / rounds))
+
+
+class ControlVariates:
+    """SCAFFOLD inside one silo, for one round (Karimireddy et al. 2020, Algorithm 1).
+
+    The silo corrects each of its gradients g by c - c_k: c is the mean of all silos'
+    variates, c_k its own, both gradients at last sight. Afterwards
+    c_k+ = mean of the g on the way. For SGD without momentum or weight decay that is
+    the paper's option II, c_k - c + (x - y_k) / (steps * lr); unlike it, it also holds
+    with momentum.
+
+    They travel and are kept as further entries of the model's state, "variate.<name>"
+    for c and "own_variate.<name>" for c_k (see `zero_variates`): the former are sent,
+    averaged and counted in bytes like weights, the latter stay in the silo
+    (`run_rounds(keep_local=...)`). Use:
+
+        variates = ControlVariates(params)
+        update = train_locally(..., adjust_gradients=variates.correct)
+        params = update.params | variates.entries()
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._shared = _with_prefix(params, "variate.")
+        self._own = _with_prefix(params, "own_variate.")
+        if not self._own or self._own.keys() != self._shared.keys():
+            raise ValueError(
+                "params hold no control variates; start from "
+                "`model.state_dict() | zero_variates(model)`"
+            )
+        self._sum = {name: torch.zeros_like(c) for name, c in self._own.items()}
+        self._steps = 0
+
+    def correct(self, model: nn.Module) -> None:
+        """Add c - c_k to the gradients of the model's parameters, in place."""
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                self._sum[name] += weight.grad.cpu()
+                correction = self._shared[name] - self._own[name]
+                weight.grad.add_(correction.to(weight.device))
+        self._steps += 1
+
+    def entries(self, *, participation: float = 1.0) -> dict[str, Tensor]:
+        """New variates: c_k+, and c + participation * (c_k+ - c_k) to be averaged.
+
+        participation: share of the silos that take part in a round. The average over
+        silos is the paper's c+ with the silos' weights: with full participation, the
+        weighted mean of all c_k+.
+        """
+        if self._steps == 0:
+            raise ValueError("no gradient was seen; pass `correct` to train_locally")
+        new: dict[str, Tensor] = {}
+        for name, own in self._own.items():
+            mean = self._sum[name] / self._steps
+            change = participation * (mean - own)
+            new[f"variate.{name}"] = self._shared[name] + change
+            new[f"own_variate.{name}"] = mean
+        return new
+
+
+def zero_variates(model: nn.Module) -> dict[str, Tensor]:
+    """SCAFFOLD's variates before the first round, to be added to the initial params."""
+    names = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
+    return {
+        f"{kind}.{name}": torch.zeros_like(weight, requires_grad=False)
+        for kind in ("variate", "own_variate")
+        for name, weight in names
+    }
+
+
+def norm_entries(model: nn.Module) -> list[str]:
+    """Names of the state entries of a model's normalisation layers.
+
+    Scale, shift, and running statistics: FedBN leaves them in the silo (Li et al. 2021,
+    Algorithm 1), `run_rounds(keep_local=norm_entries(model))`.
+    """
+    layers = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, layers)
+        for name in module.state_dict()
+    ]
 
 
 def evaluate(
@@ -251,6 +338,12 @@ def _seeded(
         torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=rng)))
         return nullcontext()
     return _DrawFrom(rng)
+
+
+def _with_prefix(params: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)
+    }
 
 
 def _all_finite(params: dict[str, Tensor]) -> bool:
