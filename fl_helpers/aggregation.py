@@ -111,7 +111,7 @@ class ServerRule:
                 memory[f"{slot}.{name}"] = value
         self.params, self._memory = self.params | new, memory
         self.rounds_done += 1
-        return new
+        return {name: value.clone() for name, value in new.items()}
 
     def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
         """Mean of the updates, and how far to go towards it (1: all the way)."""
