@@ -146,7 +146,7 @@ class ServerRule:
 
 
 class FedAvgM(ServerRule):
-    """FedAvg with momentum at the server (Hsu, Qi and Brown 2019, section 4.3).
+    """FedAvg with momentum at the server (Hsu, Qi and Brown 2019).
 
     delta = mean - x;  v <- momentum * v + delta;  x <- x + lr * v
     """
@@ -253,7 +253,7 @@ class FedAdam(_Adaptive):
 
 class FedNova(ServerRule):
     """Normalised averaging for silos that take unequal numbers of steps (Wang et al.
-    2020, eq. 6 and section 4): a silo that trains longer pulls no harder.
+    2020, with their tau_eff = sum p_k a_k): who trains longer pulls no harder.
 
     d_k = (w_k - x) / a_k;  x <- x + (sum p_k a_k) * sum p_k d_k,  p_k = n_k / n
 

@@ -89,16 +89,27 @@ def plot_matrix(
     row_label: str,
     column_label: str,
     value_label: str,
+    diverging: bool = False,
 ) -> Figure:
-    """Draw a heat map of percentages [R, C] with the number in each cell."""
+    """Draw a heat map of percentages [R, C] with the number in each cell.
+
+    diverging: the values are differences; white is 0, both directions have a colour.
+    NaN leaves a cell empty.
+    """
     fig, axis = plt.subplots(
         figsize=(2.6 + 0.95 * len(columns), 1.4 + 0.52 * len(rows))
     )
-    image = axis.imshow(percent, cmap="cividis", aspect="auto")
+    largest = np.nanmax(np.abs(percent))
+    look = dict(cmap="PuOr", vmin=-largest, vmax=largest) if diverging else {}
+    image = axis.imshow(percent, **{"cmap": "cividis", "aspect": "auto"} | look)
     middle = (np.nanmin(percent) + np.nanmax(percent)) / 2
     for (i, j), value in np.ndenumerate(percent):
-        color = "white" if value < middle else "black"
-        axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
+        if np.isnan(value):
+            continue
+        dark = abs(value) > 0.6 * largest if diverging else value < middle
+        color = "white" if dark else "black"
+        text = f"{value:+.1f}" if diverging else f"{value:.1f}"
+        axis.text(j, i, text, ha="center", va="center", color=color)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
     axis.set(xlabel=column_label, ylabel=row_label)

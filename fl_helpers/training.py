@@ -206,6 +206,44 @@ def norm_entries(model: nn.Module) -> list[str]:
     ]
 
 
+def reestimate_statistics(model: nn.Module, x: Tensor, *, batch_size: int = 64) -> None:
+    """Give a model's BatchNorm layers the running statistics of one silo's inputs.
+
+    What FedAvg averages describes no silo when scanners differ. This needs neither
+    labels nor training: one pass over x [N, ...], N >= 2, at the silo (AdaBN, Li et al.
+    2016). Changes the model's buffers in place, and nothing else. Each statistic is
+    the plain mean over the batches.
+    """
+    if len(x) < 2 or batch_size < 2:
+        raise ValueError(
+            f"a variance needs at least 2 inputs in a batch, got {len(x)} inputs and "
+            f"batch_size={batch_size}"
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.track_running_stats
+    ]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches, not a moving one
+        norm.train()
+    try:
+        with torch.no_grad():
+            for batch in x.split(batch_size):
+                if len(batch) > 1:
+                    model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, was_training in modes:
+            module.training = was_training
+
+
 def evaluate(
     model: nn.Module,
     examples: tuple[Tensor, Tensor],

@@ -15,6 +15,7 @@ from fl_helpers.training import (
     cosine_lr,
     evaluate,
     num_steps,
+    reestimate_statistics,
     train_locally,
 )
 
@@ -363,3 +364,25 @@ def test_all_layers_that_draw_take_their_numbers_from_rng(silos, kind):
     first, again, other = (torch.cat([v.flatten() for v in s.values()]) for s in states)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-5)
+
+
+def test_reestimated_statistics_are_the_mean_over_batches():
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=0.3), nn.Dropout(0.5))
+    model.train()
+    x = torch.tensor([[0.0, 1], [2, 1], [4, 1], [8, 1], [100, 1]])  # the last is alone
+    reestimate_statistics(model, x, batch_size=2)
+    # means 1 and 6; unbiased variances 2 and 8; the batch of one has no variance
+    assert model[0].running_mean.tolist() == [3.5, 1]
+    assert model[0].running_var.tolist() == [5, 0]
+    assert model[0].momentum == 0.3 and model[0].training and model[1].training
+
+
+def test_reestimating_changes_buffers_of_batchnorm_only(silos):
+    model = batchnorm_model().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_statistics(model, silos[0].train[0])
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert not model.training
+    with pytest.raises(ValueError, match="at least 2 inputs"):
+        reestimate_statistics(model, silos[0].train[0][:1])

@@ -34,22 +34,25 @@ from fl_helpers.federated_statistics import (
     local_statistics,
 )
 from fl_helpers.models import mlp, small_cnn
+from fl_helpers.plots import plot_matrix, use_style
 from fl_helpers.silos import (
     Examples,
     Silo,
     make_silos,
+    partition_by_quantity,
     partition_by_site,
     partition_dirichlet,
     pool_silos,
     split_silo,
 )
 from fl_helpers.simulation import run_alone, run_rounds
-from fl_helpers.synthetic_cxr import synthetic_cxr
+from fl_helpers.synthetic_cxr import apply_scanner, scanner_for, synthetic_cxr
 from fl_helpers.training import (
     ControlVariates,
     cosine_lr,
     evaluate,
     norm_entries,
+    reestimate_statistics,
     train_locally,
     zero_variates,
 )
@@ -67,6 +70,7 @@ FEDERATIONS = {  # (data set, how its hospitals differ): how to make them
     ("pneumoniamnist", "Dirichlet 100"): dict(alpha=100),
     ("pneumoniamnist", "Dirichlet 0.5"): dict(alpha=0.5),
     ("pneumoniamnist", "Dirichlet 0.1"): dict(alpha=0.1),
+    ("pneumoniamnist", "scanner, full"): dict(scanner_shift=1),
     ("heart_disease", "by site"): {},
 }
 # Learning rates to choose from, in steps of two around what notebooks 01-03 chose.
@@ -84,11 +88,17 @@ KNOBS = {  # a strategy's own settings; with k of them, 6 / k learning rates are
     "FedYogi": [dict(server_lr=lr) for lr in (0.01, 0.03, 0.1)],
     "q-FedAvg": [dict(q=q) for q in (0.01, 0.1)],
 }
-NEEDS_NORM = ("FedAvg, GroupNorm", "FedBN", "FedPer")  # not for logistic regression
+NEEDS_NORM = (
+    "FedAvg, GroupNorm",
+    "FedBN",
+    "FedPer",
+    "Own statistics",
+)  # not for logistic regression
 STRATEGIES = (
     "Local", "Centralized", "FedAvg", "FedAvg, twice as often", "FedAvg, GroupNorm",
     "FedProx", "SCAFFOLD", "FedNova", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi",
     "q-FedAvg", "FedBN", "FedPer", "Local bias", "Fine-tuning",
+    "Own statistics",
 )  # fmt: skip
 
 
@@ -121,10 +131,7 @@ def make_federation(dataset, differ, seed, validation, root):
         partition = partition_by_site(data.site)
     else:
         data = drop_duplicates(load_medmnist(dataset, root))
-        rows = np.random.default_rng(seed).permutation(len(data.y))[: sum(SIZES)]
-        skew = dict(alpha=options["alpha"], min_per_class=16, max_draws=10**5)
-        drawn = partition_dirichlet(data.y[rows], len(SIZES), seed=seed, **skew)
-        partition = {name: rows[index] for name, index in drawn.items()}
+        partition = partition_radiographs(data, seed, **options)
     share = 0.35 if dataset == "heart_disease" else TEST_SHARE
     silos = make_silos(data.x, data.y, partition, test_share=share, seed=seed)
     if validation:
@@ -133,6 +140,20 @@ def make_federation(dataset, differ, seed, validation, root):
     if dataset == "heart_disease":
         silos = standardize(silos)
     return silos, len(data.classes)
+
+
+def partition_radiographs(data, seed, *, alpha=None, scanner_shift=0):
+    """Deal out radiographs of one centre, by label or as if from other scanners."""
+    if alpha is None:
+        partition = partition_by_quantity(data.y, SIZES, seed=seed, num_rows=sum(SIZES))
+        for k, rows in enumerate(partition.values()):
+            scanner = scanner_for(k, scanner_shift)
+            data.x[rows] = apply_scanner(data.x[rows], scanner, seed)
+        return partition
+    rows = np.random.default_rng(seed).permutation(len(data.y))[: sum(SIZES)]
+    skew = dict(alpha=alpha, min_per_class=16, max_draws=10**5, seed=seed)
+    drawn = partition_dirichlet(data.y[rows], len(SIZES), **skew)
+    return {name: rows[index] for name, index in drawn.items()}
 
 
 def standardize(silos):
@@ -214,6 +235,12 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
         own = run_alone(history.params, silos, tune, **run | dict(rounds=1))
         return {name: load(params) for name, params in own.items()}, history.bytes_sent
 
+    def own_statistics():
+        models, sent = federate()
+        for silo in silos:
+            reestimate_statistics(models[silo.name], silo.train.x)
+        return models, sent
+
     if strategy in ("Local", "Centralized"):
         alone = silos if strategy == "Local" else [pool_silos(silos)]
         own = run_alone(start, alone, partial(client, steps_of_all=True), **run)
@@ -241,6 +268,7 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
         "FedPer": lambda: federate(keep_local=["head.weight", "head.bias"]),
         "Local bias": lambda: federate(keep_local=["head.bias"]),
         "Fine-tuning": fine_tuned,
+        "Own statistics": own_statistics,
     }.get(strategy, federate)(**knobs)
 
 
@@ -337,6 +365,25 @@ def best_settings(path=RESULTS / "strategies_tuning.csv"):
     return best.set_index(keys[:3]).options.map(json.loads).to_dict()
 
 
+def draw(path=RESULTS / "strategies.csv"):
+    """Every strategy against FedAvg, as docs/results/strategies.png."""
+    keys = ["dataset", "differ"]
+    table = pd.read_csv(path)
+    mean = table.groupby([*keys, "strategy"], sort=False).balanced_accuracy.mean()
+    mean = 100 * mean.unstack("strategy", sort=False)
+    difference = mean.sub(mean["FedAvg"], axis=0).drop(columns="FedAvg")
+    use_style()
+    plot_matrix(
+        difference.T.to_numpy(),
+        rows=list(difference.columns),
+        columns=["\n".join(key).replace(", ", ",\n") for key in difference.index],
+        row_label="",
+        column_label="data set, and how its hospitals differ",
+        value_label="balanced accuracy: points above FedAvg",
+        diverging=True,
+    ).savefig(path.with_suffix(".png"), metadata={"Software": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="?", choices=("tune", "grid", "quick"))
@@ -369,6 +416,7 @@ def main():
             for row in diagnose(make_federation(*key, seed, False, root)[0])
         ]
         pd.DataFrame(rows).round(5).to_csv(RESULTS / "diagnosis.csv", index=False)
+        draw()
     else:
         best = best_settings()
         case = ("heart_disease", "by site")
