@@ -96,8 +96,9 @@ def plot_matrix(
     diverging: the values are differences; white is 0, both directions have a colour.
     NaN leaves a cell empty.
     """
+    row_height = 0.52 if len(rows) <= 8 else 0.34
     fig, axis = plt.subplots(
-        figsize=(2.6 + 0.95 * len(columns), 1.4 + 0.52 * len(rows))
+        figsize=(2.6 + 0.95 * len(columns), 1.4 + row_height * len(rows))
     )
     largest = np.nanmax(np.abs(percent))
     look = dict(cmap="PuOr", vmin=-largest, vmax=largest) if diverging else {}

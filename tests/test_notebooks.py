@@ -21,6 +21,7 @@ SMOKE = {
         "ROUNDS": 6,
         "SEEDS": [0],
     },
+    "04_when_hospitals_differ": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
 }
 
 
@@ -49,6 +50,12 @@ def check_smoke(name, results):
         assert results["federated"] > 45  # chance: 33.3
         assert results["largest_difference"] < 1e-5
         assert results["pairs"] == 4
+    if name.startswith("04"):
+        assert results["mean"]["Centralized"] > 40  # chance: 33.3
+        assert len(results["mean"]) == 15
+        assert (
+            -1 <= min(results["drift"].values()) <= max(results["drift"].values()) <= 1
+        )
 
 
 @pytest.mark.notebooks

@@ -381,7 +381,9 @@ def test_reestimating_changes_buffers_of_batchnorm_only(silos):
     model = batchnorm_model().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reestimate_statistics(model, silos[0].train[0])
-    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    changed = {
+        n for n, v in model.state_dict().items() if not torch.equal(v, before[n])
+    }
     assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     assert not model.training
     with pytest.raises(ValueError, match="at least 2 inputs"):

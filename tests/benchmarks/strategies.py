@@ -357,26 +357,47 @@ def strategies_for(dataset):
 
 
 def best_settings(path=RESULTS / "strategies_tuning.csv"):
-    """The setting with the best mean validation score, per federation and strategy."""
-    table = pd.read_csv(path)
+    """The setting with the best validation score, per federation and strategy.
+
+    Score: mean over seeds minus their standard deviation, so that a learning rate at
+    the edge of a cliff, where one seed in two collapses, is not chosen.
+    """
     keys = ["dataset", "differ", "strategy", "options"]
-    means = table.groupby(keys, sort=False).balanced_accuracy.mean().reset_index()
-    best = means.loc[means.groupby(keys[:3], sort=False).balanced_accuracy.idxmax()]
+    table = pd.read_csv(path)
+    seeds = table.groupby([*keys, "seed"], sort=False).balanced_accuracy.mean()
+    seeds = seeds.groupby(keys, sort=False)
+    steady = (seeds.mean() - seeds.std(ddof=0)).reset_index()
+    best = steady.loc[steady.groupby(keys[:3], sort=False).balanced_accuracy.idxmax()]
     return best.set_index(keys[:3]).options.map(json.loads).to_dict()
+
+
+def write(table, name):
+    """Committed results, federation by federation, with one name for each."""
+    short = table.dataset.str.split("_").str[0] + ": " + table.differ
+    table = table.assign(federation=short)
+    order = {f"{d.split('_')[0]}: {how}": k for k, (d, how) in enumerate(FEDERATIONS)}
+    keys = [key for key in ("federation", "seed", "strategy", "silo") if key in table]
+    places = {"federation": order, "strategy": {s: k for k, s in enumerate(STRATEGIES)}}
+
+    def place(column):
+        return column.map(places[column.name]) if column.name in places else column
+
+    table = table.sort_values(keys, key=place)
+    table.to_csv(RESULTS / name, index=False, lineterminator="\n")
 
 
 def draw(path=RESULTS / "strategies.csv"):
     """Every strategy against FedAvg, as docs/results/strategies.png."""
-    keys = ["dataset", "differ"]
     table = pd.read_csv(path)
-    mean = table.groupby([*keys, "strategy"], sort=False).balanced_accuracy.mean()
-    mean = 100 * mean.unstack("strategy", sort=False)
+    mean = 100 * table.pivot_table(
+        "balanced_accuracy", "federation", "strategy", sort=False
+    )
     difference = mean.sub(mean["FedAvg"], axis=0).drop(columns="FedAvg")
     use_style()
     plot_matrix(
         difference.T.to_numpy(),
         rows=list(difference.columns),
-        columns=["\n".join(key).replace(", ", ",\n") for key in difference.index],
+        columns=[n.replace("mnist", "").replace(" ", "\n") for n in difference.index],
         row_label="",
         column_label="data set, and how its hospitals differ",
         value_label="balanced accuracy: points above FedAvg",
@@ -409,13 +430,15 @@ def main():
             for key, seed in cases
             for strategy in strategies_for(key[0])
         ]
-        run_jobs(jobs, RESULTS / "strategies.csv", options.processes)
+        raw = RESULTS.parents[1] / "runs/strategies.csv"
+        run_jobs(jobs, raw, options.processes)
+        write(pd.read_csv(raw), "strategies.csv")
         rows = [
             dict(dataset=key[0], differ=key[1], seed=seed) | row
             for key, seed in cases
             for row in diagnose(make_federation(*key, seed, False, root)[0])
         ]
-        pd.DataFrame(rows).round(5).to_csv(RESULTS / "diagnosis.csv", index=False)
+        write(pd.DataFrame(rows).round(5), "diagnosis.csv")
         draw()
     else:
         best = best_settings()
