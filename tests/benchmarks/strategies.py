@@ -58,6 +58,7 @@ from fl_helpers.training import (
 )
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
+RAW = Path(__file__).parents[2] / "runs"  # rows as they are computed, to go on from
 ROUNDS, LOCAL_EPOCHS, BATCH_SIZE, MOMENTUM = 12, 2, 16, 0.9
 SIZES, TEST_SHARE, VALIDATION_SHARE = (1200, 900, 600, 300), 0.75, 0.25
 
@@ -324,7 +325,7 @@ COLUMNS = (
 
 
 def run_jobs(jobs, path, processes):
-    """Score the jobs that the file lacks, and append their rows."""
+    """Score the jobs that the file lacks, append their rows, and return all rows."""
     known = set()
     if path.exists():
         table = pd.read_csv(path)
@@ -345,6 +346,7 @@ def run_jobs(jobs, path, processes):
             file.flush()
             print(f"\r{done}/{len(todo)}", *rows[0].values(), " " * 20, end="")
     print()
+    return pd.read_csv(path)
 
 
 def federations(only):
@@ -382,7 +384,7 @@ def write(table, name):
     def place(column):
         return column.map(places[column.name]) if column.name in places else column
 
-    table = table.sort_values(keys, key=place)
+    table = table.sort_values(keys, key=place, kind="stable")
     table.to_csv(RESULTS / name, index=False, lineterminator="\n")
 
 
@@ -421,7 +423,10 @@ def main():
             for strategy in strategies_for(key[0])
             for setting in settings(key[0], strategy)
         ]
-        run_jobs(jobs, RESULTS / "strategies_tuning.csv", options.processes)
+        table = run_jobs(jobs, RAW / "strategies_tuning.csv", options.processes)
+        keys = ["dataset", "differ", "strategy", "options", "seed"]  # mean over silos
+        table = table.groupby(keys, sort=False).balanced_accuracy.mean().round(4)
+        write(table.reset_index(), "strategies_tuning.csv")
     elif options.stage == "grid":
         best = best_settings()
         cases = [(k, s) for k in federations(options.only) for s in test_seeds(k[0])]
@@ -430,9 +435,8 @@ def main():
             for key, seed in cases
             for strategy in strategies_for(key[0])
         ]
-        raw = RESULTS.parents[1] / "runs/strategies.csv"
-        run_jobs(jobs, raw, options.processes)
-        write(pd.read_csv(raw), "strategies.csv")
+        table = run_jobs(jobs, RAW / "strategies.csv", options.processes)
+        write(table, "strategies.csv")
         rows = [
             dict(dataset=key[0], differ=key[1], seed=seed) | row
             for key, seed in cases
