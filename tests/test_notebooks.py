@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pandas
 import papermill
 import pytest
 
@@ -100,3 +101,33 @@ def test_the_committed_notebooks_tell_the_story():
     assert third["centralized"] > 80 and third["local"] > 60
     assert third["largest_difference"] < 1e-5
     assert recorded["02"]["largest_difference_to_pooled"] < 1e-7
+    fourth = recorded["04"]
+    assert fourth["drift"]["different"] < fourth["drift"]["alike"]
+    assert fourth["mean"]["Own statistics"] > fourth["mean"]["FedAvg"] + 5
+    ranks = fourth["ranks"]
+    assert ranks["own statistics over FedAvg"]["feature_distance"] > 0.4
+    assert max(map(abs, ranks["FedAvg over local"].values())) < 0.5  # none says it well
+    assert ranks["FedAvg over local"]["size_share"] < 0
+
+
+def test_the_full_experiment_says_what_the_notebook_and_the_readme_say():
+    table = pandas.read_csv(ROOT / "docs/results/strategies.csv")
+    seeds = ["federation", "seed"]
+    score = 100 * table.pivot_table("balanced_accuracy", seeds, "strategy")
+    above = score.sub(score["FedAvg"], axis=0).drop(columns=["FedAvg", "Centralized"])
+    mean = above.groupby("federation").mean()
+    clear = ((above > 0).groupby("federation").mean() >= 0.9) & (mean >= 1)
+    assert (
+        table.federation.nunique() == 10
+        and score.groupby("federation").size().min() == 5
+    )
+    for place in ("synthetic: scanner, full", "pneumoniamnist: scanner, full"):
+        assert mean.loc[place, "Local"] > 0  # FedAvg is worse than staying alone
+        assert clear.loc[place, ["Own statistics", "FedBN", "Fine-tuning"]].all()
+    label = mean.index[mean.index.str.contains("label mix|Dirichlet")]
+    assert len(label) == 4 and (mean.loc[label, "Local"] < -2).all()
+    assert clear.loc[label].to_numpy().sum() == 1  # SCAFFOLD, at the strongest skew
+    assert (mean.loc[label, "FedPer"] < -1).all()
+    assert clear.loc["heart: by site", "Local bias"]
+    rules = ["FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedNova", "q-FedAvg"]
+    assert not clear[rules].to_numpy().any()
