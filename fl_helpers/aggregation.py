@@ -103,10 +103,9 @@ class ServerRule:
         new, memory = dict(mean), dict(self._memory)
         for name in self.trainable & mean.keys():
             old = [memory[f"{slot}.{name}"] for slot in self.memory]
-            target = self.params[name].lerp(
-                mean[name], scale
-            )  # scale 1: the mean itself
-            new[name], kept = self._step(self.params[name], target, *old)
+            x = self.params[name]
+            target = x.lerp(mean[name], scale)  # with scale 1 the mean itself
+            new[name], kept = self._step(x, target, *old)
             for slot, value in zip(self.memory, kept, strict=True):
                 memory[f"{slot}.{name}"] = value
         self.params, self._memory = self.params | new, memory
@@ -118,7 +117,7 @@ class ServerRule:
         return weighted_average(updates), 1.0
 
     def _step(
-        self, old: Tensor, mean: Tensor, *memory: Tensor
+        self, x: Tensor, mean: Tensor, *memory: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Next value of one trainable entry, and what to remember of it."""
         return mean, ()
@@ -167,16 +166,17 @@ class FedAvgM(ServerRule):
         self.lr, self.momentum = lr, momentum
 
     def _step(
-        self, old: Tensor, mean: Tensor, *memory: Tensor
+        self, x: Tensor, mean: Tensor, *memory: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (velocity,) = memory
         # lerp, so that lr = 1 without momentum is the mean itself, to the last bit.
-        new = old.lerp(mean, self.lr) + self.lr * self.momentum * velocity
-        return new, (self.momentum * velocity + (mean - old),)
+        new = x.lerp(mean, self.lr) + self.lr * self.momentum * velocity
+        return new, (self.momentum * velocity + (mean - x),)
 
 
-class _Adaptive(ServerRule):
-    """FedOpt (Reddi et al. 2021, Algorithm 2): a step size per parameter.
+class FedOpt(ServerRule):
+    """A step size per parameter (Reddi et al. 2021, Algorithm 2); use one of its three
+    kinds, FedAdagrad, FedAdam or FedYogi, which differ in v.
 
     delta = mean - x;  m <- beta1 * m + (1 - beta1) * delta;  v <- the rule's own
     x <- x + lr * m / (sqrt(v) + tau)
@@ -206,14 +206,14 @@ class _Adaptive(ServerRule):
         self.lr, self.beta1, self.beta2, self.tau = lr, beta1, beta2, tau
 
     def _step(
-        self, old: Tensor, mean: Tensor, *memory: Tensor
+        self, x: Tensor, mean: Tensor, *memory: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         first, second = memory
-        delta = mean - old
+        delta = mean - x
         first = self.beta1 * first + (1 - self.beta1) * delta
         second = self._second_moment(second, delta.square())
         step = self.lr * self._correction() * first / (second.sqrt() + self.tau)
-        return old + step, (first, second)
+        return x + step, (first, second)
 
     def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         raise NotImplementedError
@@ -222,21 +222,21 @@ class _Adaptive(ServerRule):
         return 1.0
 
 
-class FedAdagrad(_Adaptive):
+class FedAdagrad(FedOpt):
     """FedOpt with v <- v + delta^2: steps only ever get smaller."""
 
     def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         return v + squared
 
 
-class FedYogi(_Adaptive):
+class FedYogi(FedOpt):
     """FedOpt with v <- v - (1 - beta2) * delta^2 * sign(v - delta^2)."""
 
     def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         return v - (1 - self.beta2) * squared * torch.sign(v - squared)
 
 
-class FedAdam(_Adaptive):
+class FedAdam(FedOpt):
     """FedOpt with v <- beta2 * v + (1 - beta2) * delta^2, and Adam's bias correction.
 
     In round t the step is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), as in

@@ -89,17 +89,12 @@ KNOBS = {  # a strategy's own settings; with k of them, 6 / k learning rates are
     "FedYogi": [dict(server_lr=lr) for lr in (0.01, 0.03, 0.1)],
     "q-FedAvg": [dict(q=q) for q in (0.01, 0.1)],
 }
-NEEDS_NORM = (
-    "FedAvg, GroupNorm",
-    "FedBN",
-    "FedPer",
-    "Own statistics",
-)  # not for logistic regression
+# Not for logistic regression: it has no normalisation, and its last layer is all of it.
+NEEDS_LAYERS = ("FedAvg, GroupNorm", "FedBN", "FedPer", "Own statistics")
 STRATEGIES = (
     "Local", "Centralized", "FedAvg", "FedAvg, twice as often", "FedAvg, GroupNorm",
     "FedProx", "SCAFFOLD", "FedNova", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi",
-    "q-FedAvg", "FedBN", "FedPer", "Local bias", "Fine-tuning",
-    "Own statistics",
+    "q-FedAvg", "FedBN", "FedPer", "Local bias", "Fine-tuning", "Own statistics",
 )  # fmt: skip
 
 
@@ -108,7 +103,7 @@ def tuning_seeds(dataset):
     return range(100, 110 if dataset == "heart_disease" else 102)
 
 
-def test_seeds(dataset):
+def evaluation_seeds(dataset):
     return range(10 if dataset == "heart_disease" else 5)
 
 
@@ -190,10 +185,8 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
 
     torch.manual_seed(seed)
     model = new_model()
-    start, trainable = (
-        model.state_dict(),
-        [name for name, _ in model.named_parameters()],
-    )
+    start, variates = model.state_dict(), zero_variates(model)
+    trainable = [name for name, _ in model.named_parameters()]
     total = sum(len(silo.train.y) for silo in silos)
     often = 2 if strategy == "FedAvg, twice as often" else 1
     rounds, local_epochs = ROUNDS * often, LOCAL_EPOCHS / often
@@ -221,17 +214,21 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
         models = {silo.name: load(history.params_of(silo.name)) for silo in silos}
         return models, history.bytes_sent
 
-    def optimized(rule, **options):
-        return federate(aggregate=rule(start, trainable, **options))
+    def by_rule(rule, client=client, **options):
+        return federate(client, rule(start, trainable, **options))
+
+    def alone(silos):
+        own = run_alone(start, silos, partial(client, steps_of_all=True), **run)
+        return {name: load(params) for name, params in own.items()}
+
+    def centralized():
+        (model,) = alone([pool_silos(silos)]).values()
+        return {silo.name: model for silo in silos}
 
     def fine_tuned(factor):
-        history = run_rounds(
-            start,
-            silos,
-            client,
-            server.weighted_average,
-            **run | dict(rounds=ROUNDS - 1),
-        )
+        most = run | dict(rounds=ROUNDS - 1)
+        average = server.weighted_average
+        history = run_rounds(start, silos, client, average, **most)
         tune = partial(client, lr=factor * lr)
         own = run_alone(history.params, silos, tune, **run | dict(rounds=1))
         return {name: load(params) for name, params in own.items()}, history.bytes_sent
@@ -242,35 +239,29 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
             reestimate_statistics(models[silo.name], silo.train.x)
         return models, sent
 
-    if strategy in ("Local", "Centralized"):
-        alone = silos if strategy == "Local" else [pool_silos(silos)]
-        own = run_alone(start, alone, partial(client, steps_of_all=True), **run)
-        names = [silo.name for silo in silos]
-        return {
-            n: load(own[n if strategy == "Local" else alone[0].name]) for n in names
-        }, 0
-    variates = zero_variates(model)
-    return {
-        "FedProx": lambda mu=0: federate(partial(client, proximal_mu=mu)),
-        "SCAFFOLD": lambda: federate(
-            scaffold,
-            params=start | variates,
-            keep_local=[name for name in variates if name.startswith("own_variate.")],
-        ),
-        "FedNova": lambda: optimized(server.FedNova, momentum=MOMENTUM),
-        "FedAvgM": partial(optimized, server.FedAvgM),
-        "FedAdagrad": lambda server_lr=0: optimized(server.FedAdagrad, lr=server_lr),
-        "FedAdam": lambda server_lr=0: optimized(server.FedAdam, lr=server_lr),
-        "FedYogi": lambda server_lr=0: optimized(server.FedYogi, lr=server_lr),
-        "q-FedAvg": lambda q=0: federate(
-            with_loss, server.QFedAvg(start, trainable, q=q, lipschitz=1 / lr)
-        ),
+    own_variates = [name for name in variates if name.startswith("own_variate.")]
+    shared_and_own = dict(params=start | variates, keep_local=own_variates)
+    train = {
+        "Local": lambda: (alone(silos), 0),
+        "Centralized": lambda: (centralized(), 0),
+        "FedAvg": federate,
+        "FedAvg, twice as often": federate,
+        "FedAvg, GroupNorm": federate,
+        "FedProx": lambda mu: federate(partial(client, proximal_mu=mu)),
+        "SCAFFOLD": lambda: federate(scaffold, **shared_and_own),
+        "FedNova": lambda: by_rule(server.FedNova, momentum=MOMENTUM),
+        "FedAvgM": lambda momentum: by_rule(server.FedAvgM, momentum=momentum),
+        "FedAdagrad": lambda server_lr: by_rule(server.FedAdagrad, lr=server_lr),
+        "FedAdam": lambda server_lr: by_rule(server.FedAdam, lr=server_lr),
+        "FedYogi": lambda server_lr: by_rule(server.FedYogi, lr=server_lr),
+        "q-FedAvg": lambda q: by_rule(server.QFedAvg, with_loss, q=q, lipschitz=1 / lr),
         "FedBN": lambda: federate(keep_local=norm_entries(model)),
         "FedPer": lambda: federate(keep_local=["head.weight", "head.bias"]),
         "Local bias": lambda: federate(keep_local=["head.bias"]),
         "Fine-tuning": fine_tuned,
         "Own statistics": own_statistics,
-    }.get(strategy, federate)(**knobs)
+    }
+    return train[strategy](**knobs)
 
 
 def diagnose(silos):
@@ -324,38 +315,34 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def key_of(job):
+    """The first five columns of a job's rows."""
+    return (*job[:4], json.dumps(job[4], sort_keys=True))
+
+
 def run_jobs(jobs, path, processes):
-    """Score the jobs that the file lacks, append their rows, and return all rows."""
-    known = set()
-    if path.exists():
-        table = pd.read_csv(path)
-        known = set(map(tuple, table[list(COLUMNS[:5])].to_numpy().tolist()))
-    todo = [
-        job
-        for job in jobs
-        if (*job[:4], json.dumps(job[4], sort_keys=True)) not in known
-    ]
+    """Score the jobs that the file lacks, append their rows; all rows of these jobs."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n")
+    keys = list(COLUMNS[:5])
+    known = set(pd.read_csv(path)[keys].itertuples(index=False, name=None))
+    todo = [job for job in jobs if key_of(job) not in known]
     context = multiprocessing.get_context("spawn")
     with path.open("a", newline="") as file, context.Pool(processes) as pool:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not known:
-            writer.writeheader()
         for done, rows in enumerate(pool.imap(score, todo), start=1):
             writer.writerows(rows)
             file.flush()
             print(f"\r{done}/{len(todo)}", *rows[0].values(), " " * 20, end="")
     print()
-    return pd.read_csv(path)
-
-
-def federations(only):
-    return [key for key in FEDERATIONS if not only or key[0] in only]
+    asked = pd.DataFrame(map(key_of, jobs), columns=keys)
+    return pd.read_csv(path).merge(asked)
 
 
 def strategies_for(dataset):
     tabular = dataset == "heart_disease"
-    return [s for s in STRATEGIES if not (tabular and s in NEEDS_NORM)]
+    return [s for s in STRATEGIES if not (tabular and s in NEEDS_LAYERS)]
 
 
 def best_settings(path=RESULTS / "strategies_tuning.csv"):
@@ -409,8 +396,7 @@ def draw(path=RESULTS / "strategies.csv"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", nargs="?", choices=("tune", "grid", "quick"))
-    parser.add_argument("--only", nargs="*", help="data sets; default: all")
+    parser.add_argument("stage", nargs="?", choices=("tune", "grid"))
     parser.add_argument("--root", default="data/cache", help="PneumoniaMNIST file")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -418,7 +404,7 @@ def main():
     if options.stage == "tune":
         jobs = [
             (*key, seed, strategy, setting, True, root)
-            for key in federations(options.only)
+            for key in FEDERATIONS
             for seed in tuning_seeds(key[0])
             for strategy in strategies_for(key[0])
             for setting in settings(key[0], strategy)
@@ -429,7 +415,7 @@ def main():
         write(table.reset_index(), "strategies_tuning.csv")
     elif options.stage == "grid":
         best = best_settings()
-        cases = [(k, s) for k in federations(options.only) for s in test_seeds(k[0])]
+        cases = [(key, s) for key in FEDERATIONS for s in evaluation_seeds(key[0])]
         jobs = [
             (*key, seed, strategy, best[(*key, strategy)], False, root)
             for key, seed in cases
