@@ -226,9 +226,8 @@ def test_fednova_with_equal_steps_is_fedavg_exactly(momentum):
 
 
 def test_fednova_by_hand():
-    # steps 1 and 3, no momentum: a = 1, 3; n = 1, 1; p = 1/2. d = 2/1, 6/3 = 2, 2.
-    # effective steps 2; x = 0 + 2 * (2 + 2)/2 = 4; FedAvg would say 4 = (2 + 6)/2, so
-    # make them differ: d = 2, 9/3 = 3: x = 2 * 2.5 = 5, FedAvg: 5.5
+    # Steps 1 and 3, no momentum, equal sizes: a = 1, 3 and p = 1/2 each.
+    # d = 2/1, 9/3 = 2, 3; x = 0 + (1 + 3)/2 * (2 + 3)/2 = 5. FedAvg: (2 + 9)/2 = 5.5.
     rule = FedNova({"w": torch.zeros(1)}, ["w"], momentum=0.0)
     sent = [
         update("a", 1, {"w": torch.tensor([2.0])}, steps=1.0),
