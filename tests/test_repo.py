@@ -24,6 +24,7 @@ by_name = dict(ids=lambda path: path.name)
 
 ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
     "data.py": {"torchvision", "PIL"},
+    "exchange.py": {"safetensors"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},
     "record.py": {"nbformat", "IPython"},
