@@ -1,0 +1,172 @@
+"""A process sees its own start-up kit and its own data folder, nothing else of ours.
+
+`python -m fl_helpers.on_premises.sandbox` is what a fleet starts: it ties the process
+to its parent, locks it in and becomes the real program. bubblewrap if it works, else
+Landlock (Linux >= 5.13, no privileges needed), else a loud warning. The network is not
+confined: firewalls do that. Standard library only: copy this file on its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+SYSTEM = [  # what Python and torch read of a Linux machine; nothing of a user
+    *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/opt", "/proc", "/sys"),
+    *("/etc/hosts", "/etc/nsswitch.conf", "/etc/passwd", "/etc/group", "/etc/ssl"),
+    *("/etc/ld.so.cache", "/etc/localtime", "/etc/resolv.conf", "/etc/host.conf"),
+    "/etc/mime.types",
+]
+DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/shm"]
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system call numbers
+EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3  # <linux/landlock.h>
+FILE_RIGHTS = 0b111 | 1 << 14 | 1 << 15  # execute, write, read, truncate, ioctl
+
+
+@functools.cache
+def available_sandbox() -> str:
+    """What this machine can do: "bubblewrap", "landlock" or "none"."""
+    if shutil.which("bwrap"):
+        command = _bubblewrap(["/bin/true"], read=[], write=[])
+        if subprocess.run(command, capture_output=True, timeout=10).returncode == 0:
+            return "bubblewrap"
+    return "landlock" if _landlock_version() >= 1 else "none"
+
+
+def sandboxed(
+    command: Sequence[str],
+    *,
+    read: Iterable[str | Path],
+    write: Iterable[str | Path],
+    kind: str | None = None,
+) -> list[str]:
+    """Command line that runs `command` confined, and that dies with this process.
+
+    read, write: files and folders that it may read, or read and write, beside the
+    system's programs, Python itself and this package. kind: None takes the best one
+    of this machine. Warns if there is none: then the process can read whatever the
+    user can.
+    """
+    kind = kind or available_sandbox()
+    if kind not in ("bubblewrap", "landlock", "none"):
+        raise ValueError(f"kind must be bubblewrap, landlock or none, got {kind!r}")
+    if kind == "none":
+        warnings.warn(
+            "NO SANDBOX: neither bubblewrap nor Landlock works here, so each local "
+            "silo can read the others' files; never do this with patients' data",
+            stacklevel=2,
+        )
+    read = [*map(str, read), sys.prefix, sys.base_prefix, str(_package())]
+    plan = {"kind": kind, "read": read, "write": [*map(str, write)]}
+    plan |= {"parent": os.getpid()}
+    return [sys.executable, "-m", __spec__.name, json.dumps(plan), *command]
+
+
+def _package() -> Path:
+    """Folder of this package: a site's process must be able to import it."""
+    return Path(__file__).resolve().parent.parent
+
+
+def _bubblewrap(
+    command: Sequence[str], *, read: Iterable[str], write: Iterable[str]
+) -> list[str]:
+    line = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--cap-drop"]
+    line += ["ALL", "--die-with-parent", "--new-session", "--dev", "/dev"]
+    for path in SYSTEM:
+        if os.path.islink(path):
+            line += ["--symlink", os.readlink(path), path]
+        elif path != "/proc":
+            line += ["--ro-bind-try", path, path]
+    line += ["--proc", "/proc", "--tmpfs", "/tmp"]
+    for path in read:
+        line += ["--ro-bind", path, path]
+    for path in write:
+        line += ["--bind", path, path]
+    return [*line, "--chdir", os.getcwd() if write else "/", "--", *command]
+
+
+class _Ruleset(ctypes.Structure):
+    _fields_ = [("fs", ctypes.c_uint64), ("net", ctypes.c_uint64)] + [
+        ("scoped", ctypes.c_uint64)
+    ]
+
+
+class _PathRule(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("access", ctypes.c_uint64), ("folder", ctypes.c_int32)]
+
+
+def _landlock_version() -> int:
+    if not sys.platform.startswith("linux"):
+        return 0
+    return ctypes.CDLL(None).syscall(CREATE_RULESET, None, 0, 1)
+
+
+def restrict(*, read: Iterable[str], write: Iterable[str]) -> None:
+    """Confine this process and its children for good, with Landlock.
+
+    read: may be read and executed; write: anything. Raises OSError if the kernel
+    refuses. Other processes' memory and environment are out of reach, too.
+    """
+    version, libc = _landlock_version(), ctypes.CDLL(None, use_errno=True)
+    later = {2: 13, 3: 14, 5: 15}  # version: bit of the right that it added
+    rights = (1 << 13) - 1
+    rights |= sum(1 << bit for since, bit in later.items() if version >= since)
+    ruleset = _Ruleset(rights, 0, 3 if version >= 6 else 0)  # 3: signals, sockets
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    handle = _call(libc, CREATE_RULESET, ctypes.byref(ruleset), size, 0)
+    wanted = [(p, EXECUTE | READ_FILE | READ_DIR) for p in read]
+    for path, access in [*wanted, *((p, rights) for p in write)]:
+        if not os.path.exists(path):
+            continue
+        if not os.path.isdir(path):
+            access &= FILE_RIGHTS
+        opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = _PathRule(access & rights, opened)
+        _call(libc, ADD_RULE, handle, 1, ctypes.byref(rule), 0)
+        os.close(opened)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+    _call(libc, RESTRICT_SELF, handle, 0)
+    os.close(handle)
+
+
+def _call(libc: ctypes.CDLL, *arguments: object) -> int:
+    result = libc.syscall(*arguments)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"Landlock: {os.strerror(number)}")
+    return result
+
+
+def _die_with_parent(parent: int) -> None:
+    """Linux kills this process when the one that started it ends, however it ends."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we got here
+        sys.exit("the process that started this one has gone")
+
+
+def main() -> None:
+    """Tie to the parent, confine, and become the command on the command line."""
+    plan, command = json.loads(sys.argv[1]), sys.argv[2:]
+    _die_with_parent(plan["parent"])
+    if plan["kind"] == "bubblewrap":
+        command = _bubblewrap(command, read=plan["read"], write=plan["write"])
+    elif plan["kind"] == "landlock":
+        restrict(read=[*SYSTEM, *plan["read"]], write=[*DEVICES, *plan["write"]])
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What each hospital of the tests brings: data from its folder, a model, training."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fl_helpers.training import ControlVariates, Update, evaluate, train_locally
+
+
+def new_model():
+    """With BatchNorm: floating buffers, and an integer one."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 2)
+    )
+
+
+def load_silo(folder):
+    data = load_file(Path(folder) / "data.safetensors")
+    examples = (data["x"], data["y"])
+    name = (Path(folder) / "name").read_text()
+    return SimpleNamespace(name=name, train=examples, test=examples)
+
+
+def model_of(params):
+    model = new_model()
+    model.load_state_dict({name: params[name] for name in model.state_dict()})
+    return model
+
+
+def functions(settings):
+    """(update, evaluate), the same in the simulation and at a hospital."""
+
+    def update(params, silo, *, round_index, rng):
+        model, more = model_of(params), {}
+        variates = ControlVariates(params) if settings.get("scaffold") else None
+        if variates:
+            more["adjust_gradients"] = variates.correct
+        done = train_locally(
+            model,
+            silo,
+            epochs=1,
+            lr=0.05,
+            batch_size=8,
+            rng=rng,
+            proximal_mu=settings.get("mu", 0.0),
+            **more,
+        )
+        if variates:
+            params = done.params | variates.entries()
+            return Update(done.silo, params, done.num_examples, done.metrics)
+        return done
+
+    def test(params, silo):
+        found = evaluate(model_of(params), silo.test)
+        return {name: found[name] for name in ("loss", "accuracy")}
+
+    return update, test
+
+
+def client(data, settings):
+    from fl_helpers.on_premises.executor import Client
+
+    update, test = functions(settings)
+
+    def with_faults(params, silo, *, round_index, rng):
+        """A file in the hospital's own folder says what goes wrong."""
+        done = update(params, silo, round_index=round_index, rng=rng)
+        path = data / "fault"
+        return spoil(path.read_text(), done) if path.exists() else done
+
+    return Client(load_silo(data), with_faults, test)
+
+
+def spoil(fault, update):
+    name = next(k for k in update.params if k.endswith("weight"))
+    value = update.params[name]
+    if fault.startswith("slow"):
+        time.sleep(float(fault.split()[1]))
+    elif fault == "raise":
+        raise RuntimeError("cannot read /archive/patient_4711.dcm")
+    elif fault == "nan":
+        value.fill_(torch.nan)
+    elif fault == "shape":
+        update.params[name] = torch.zeros(3)
+    elif fault == "lacks":
+        del update.params[name]
+    elif fault == "images":
+        update.params["images"] = torch.zeros(8, 1, 16, 16)
+    elif fault == "metric":
+        update.metrics["patient_4711"] = 1.0
+    return update
