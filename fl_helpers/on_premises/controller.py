@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from fl_helpers import aggregation, exchange
 from fl_helpers.on_premises.executor import INITIAL, end_with_parent
-from fl_helpers.on_premises.site import pack, unpack
+from fl_helpers.on_premises.gate import pack, unpack
 from fl_helpers.simulation import Params
 
 Aggregate = Callable[[Iterable[Any]], Params]
@@ -261,7 +261,7 @@ class RoundController(Controller):
         return [self.silos[site] for site in missing]
 
     def _tested(self, index: int, answers: Answers, state: dict[str, Any]) -> None:
-        """Scores of the global model after `index` rounds, sent with the next answer."""
+        """Scores of the global model after `index` rounds; they come with the next."""
         test = {
             silo: {k[5:]: v for k, v in update.metrics.items() if k[:5] == "test_"}
             for silo, update in sorted(answers.updates.items())

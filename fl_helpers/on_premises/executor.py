@@ -28,8 +28,9 @@ from nvflare.apis.signal import Signal
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
+from fl_helpers.on_premises.gate import read_policy, unpack
 from fl_helpers.on_premises.guards import SiteGuard
-from fl_helpers.on_premises.site import read_policy, read_site, unpack
+from fl_helpers.on_premises.site import read_site
 from fl_helpers.simulation import ClientUpdate, Params, silo_rng
 from fl_helpers.training import Update
 

@@ -169,12 +169,13 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # an interrupt in the notebook is ours to handle
+                start_new_session=True,  # an interrupt is for us to handle
             )
 
     def wait_ready(self) -> None:
         """Wait until the server has heard of all hospitals; FleetError if it takes long
         or a process ends."""
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or it prints a lot
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
         logging.getLogger("nvflare").setLevel(logging.ERROR)
@@ -212,20 +213,19 @@ class Fleet:
         log = self.kits / "server" / "runs" / run.name / "events.jsonl"
         seen = log.stat().st_size if log.exists() else 0
         end, over = time.monotonic() + timeout, False
-        job = self.session.submit_job(str(folder))
+        job, checked = self.session.submit_job(str(folder)), time.monotonic()
         try:
-            checked = time.monotonic()
             while not over:
                 self._check_alive(["server"])
-                for event, seen in _new_events(log, seen):  # noqa: B020
-                    over = event["event"] == "done"
+                events, seen = _new_events(log, seen)
+                for event in events:
+                    over = event["event"] in LAST
                     yield event
-                    if event["event"] in ("failed", "no_quorum"):
-                        over = True
+                    if over and event["event"] != "done":
                         raise FleetError(f"run {run.name!r}: {event['reason']}")
                 if time.monotonic() > end:
                     raise FleetError(f"run {run.name!r} took more than {timeout} s")
-                if not over and time.monotonic() - checked > 2:
+                if not events and time.monotonic() - checked > 2:
                     checked = time.monotonic()
                     self._check_job(job, log, seen)
                 time.sleep(0.05)
@@ -320,7 +320,7 @@ class Fleet:
         return owners.get(who, self.federation.organisation)
 
     def _write_job(self, run: Run) -> Path:
-        """The run as the engine takes it: names and numbers, the initial model, no code.
+        """The run as the engine takes it: names, numbers, the initial model, no code.
 
         Its id stays the same when it is started again, and changes with its content.
         """
@@ -407,17 +407,15 @@ def _run_id(path: Path, spec: Mapping[str, Any]) -> str:
     return run
 
 
-def _new_events(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Whole lines after byte `start`, each with the byte after it."""
+def _new_events(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Events in the whole lines after byte `start`, and the byte after them."""
     if not path.exists():
-        return
+        return [], start
     with path.open("rb") as file:
         file.seek(start)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            start += len(line)
-            yield json.loads(line), start
+        whole = file.read().rpartition(b"\n")[0]
+    lines = whole.splitlines()
+    return [json.loads(line) for line in lines], start + len(whole) + bool(lines)
 
 
 def _path(kind: type) -> str:

@@ -73,7 +73,7 @@ class _Guard(FLComponent):
 
 
 class HubGuard(_Guard):
-    """Server: every message comes from who it says, and starts or ends at the server."""
+    """Server: a message comes from who it says, and starts or ends at the server."""
 
     def _register(self, core: Any) -> None:
         core.add_incoming_filter("*", "*", self.check)

@@ -1,8 +1,7 @@
-"""What a hospital enforces on its own machine, and the gate that everything leaves by.
+"""A hospital's own settings and policy, in the `local/` folder of its kit.
 
-The files that `harden_site` writes into the kit's `local/` folder belong to the
-hospital: a job can neither bring code nor change them. What may leave is in
-`local/egress.json`; what did leave is in `ledger.jsonl`.
+They belong to the hospital: a run can neither bring code nor change them. This file
+imports no torch, so that the process that only waits for runs stays small.
 """
 
 from __future__ import annotations
@@ -11,26 +10,19 @@ import json
 import os
 import shlex
 import subprocess
-import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from nvflare.apis.filter import Filter
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
-from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.job_launcher.client_process_launcher import (
     ClientProcessJobLauncher,
 )
 from nvflare.utils.job_launcher_utils import get_credential_env
-from torch import Tensor
-
-from fl_helpers import exchange
 
 HERE = "fl_helpers.on_premises"
 ADMIN_RIGHTS = ("submit_job", "manage_job", "download_job", "view", "operate")
@@ -69,119 +61,7 @@ def read_site(kit: str | Path) -> Site:
 
 def write_site(kit: str | Path, site: Site) -> None:
     """Set the hospital's settings."""
-    _write_json(Path(kit) / "local" / "site.json", vars(site))
-
-
-def allow(
-    kit: str | Path,
-    params: Mapping[str, Tensor],
-    *,
-    keep_local: Collection[str] = (),
-    metrics: Iterable[str] = (),
-    max_bytes: int | None = None,
-) -> None:
-    """Set what may leave the hospital: one model's entries, and named metrics.
-
-    params: the state of the model that the hospital agreed to train; only names, shapes
-    and dtypes are kept. keep_local: entries that must not leave. metrics: names of
-    plain numbers, beside the default of `exchange.Limits`. max_bytes: of one update;
-    None is what the entries need. Without a call of this, nothing may leave.
-    """
-    layout = {
-        name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
-        for name, value in params.items()
-        if name not in keep_local
-    }
-    allowed = sorted(exchange.Limits().metrics | set(metrics))
-    policy = {"entries": layout, "metrics": allowed, "max_bytes": max_bytes}
-    _write_json(Path(kit) / "local" / "egress.json", policy)
-
-
-def read_policy(kit: str | Path) -> tuple[dict[str, Tensor], exchange.Limits]:
-    """What may leave: entries as tensors without content, and the limits."""
-    policy = json.loads((Path(kit) / "local" / "egress.json").read_text())
-    expected = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, (shape, dtype) in policy["entries"].items()
-    }
-    limits = exchange.Limits(
-        max_bytes=policy["max_bytes"], metrics=frozenset(policy["metrics"])
-    )
-    return expected, limits
-
-
-class EgressGate(Filter):
-    """Every task result leaves through here, and only here it is made ready to leave.
-
-    The executor hands over an update in memory, which the engine cannot send. If it is
-    exactly what `local/egress.json` allows, it is written to the ledger and replaced by
-    the two files of `exchange.write_update`; otherwise the result is refused as a
-    whole, and only a code leaves. Of an error, too, only the code leaves.
-    """
-
-    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
-        ledger = exchange.Ledger(kit / "ledger.jsonl")
-        silo = read_site(kit).silo
-        code = shareable.get_return_code()
-        if code != ReturnCode.OK or "update" not in shareable:
-            code = code if code in vars(ReturnCode).values() else "UNKNOWN"
-            code = ReturnCode.EMPTY_RESULT if code == ReturnCode.OK else code
-            ledger.add(
-                "out", silo=silo, round_index=None, what=f"code {code}",
-                verdict="accepted", num_bytes=len(code),
-            )  # fmt: skip
-            return make_reply(code)
-        try:
-            task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
-            return self._release(kit, ledger, shareable, silo, task)
-        except Exception as error:
-            self.log_warning(fl_ctx, f"the gate let nothing out: {error}")
-            return make_reply(ReturnCode.TASK_RESULT_FILTER_ERROR)
-
-    @staticmethod
-    def _release(
-        kit: Path, ledger: exchange.Ledger, result: Shareable, silo: str, task: str
-    ) -> Shareable:
-        expected, limits = read_policy(kit)
-        if task == "evaluate":
-            expected = {}  # metrics only
-        if result["update"].silo != silo:
-            raise ValueError(f"the update is not of {silo!r}")
-        with tempfile.TemporaryDirectory() as folder:
-            exchange.write_update(
-                folder,
-                result["update"],
-                round_index=result["round"],
-                expected=expected,
-                limits=limits,
-                ledger=ledger,
-            )
-            return pack(folder)
-
-
-def pack(folder: str | Path) -> Shareable:
-    """The files of a folder that `exchange` wrote, as a message."""
-    message = Shareable()
-    for path in sorted(Path(folder).iterdir()):
-        message[path.name] = path.read_bytes()
-    return message
-
-
-def unpack(message: Mapping[str, Any], folder: str | Path, weights: str) -> Path:
-    """Write the two files of a message into a folder, for `exchange` to check.
-
-    weights: `exchange.UPDATE` or `exchange.MODEL`. Raises ValueError if one is missing
-    or is not bytes; nothing else of the message is looked at.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (weights, exchange.MANIFEST):
-        content = message.get(name)
-        if not isinstance(content, bytes):
-            raise ValueError(f"the message lacks {name}; it must be bytes")
-        (folder / name).write_bytes(content)
-    return folder
+    write_json(Path(kit) / "local" / "site.json", vars(site))
 
 
 class RelaunchLauncher(ClientProcessJobLauncher):
@@ -256,12 +136,12 @@ def harden_site(kit: str | Path, site: Site) -> None:
             for id, path in components.items()
         ],
     }
-    _write_json(local / "resources.json", resources)
-    _write_json(local / "authorization.json", _authorization())
-    gate = {"path": f"{HERE}.site.EgressGate", "args": {}}
+    write_json(local / "resources.json", resources)
+    write_json(local / "authorization.json", _authorization())
+    gate = {"path": f"{HERE}.gate.EgressGate", "args": {}}
     scope = {"name": "federated_learning", "task_result_filters": [gate]}
     scopes = {"scopes": [scope], "default_scope": scope["name"]}
-    _write_json(local / "privacy.json", scopes)
+    write_json(local / "privacy.json", scopes)
     write_site(kit, site)
 
 
@@ -279,8 +159,8 @@ def harden_server(kit: str | Path) -> None:
             component["args"]["uri_root"] = str(Path(kit).resolve() / "jobs")
     guard = {"id": "hub_guard", "path": f"{HERE}.guards.HubGuard", "args": {}}
     resources["components"].append(guard)
-    _write_json(local / "resources.json", resources)
-    _write_json(local / "authorization.json", _authorization())
+    write_json(local / "resources.json", resources)
+    write_json(local / "authorization.json", _authorization())
 
 
 def _authorization() -> dict[str, Any]:
@@ -290,5 +170,6 @@ def _authorization() -> dict[str, Any]:
     return {"format_version": "1.0", "permissions": roles}
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write one of the small files of a kit's `local/` folder."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -67,10 +67,12 @@ def client(data, settings):
     update, test = functions(settings)
 
     def with_faults(params, silo, *, round_index, rng):
-        """A file in the hospital's own folder says what goes wrong."""
+        """A file in the hospital's own folder says what goes wrong in which round."""
         done = update(params, silo, round_index=round_index, rng=rng)
-        path = data / "fault"
-        return spoil(path.read_text(), done) if path.exists() else done
+        path = data / "faults"
+        lines = path.read_text().splitlines() if path.exists() else []
+        plan = dict(line.split(" ", 1) for line in lines)
+        return spoil(plan.get(str(round_index), ""), done)
 
     return Client(load_silo(data), with_faults, test)
 

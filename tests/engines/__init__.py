@@ -1,0 +1,1 @@
+"""Tests of the engines: a package, so that its conftest does not hide the other one."""

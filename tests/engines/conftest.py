@@ -1,0 +1,73 @@
+"""Three hospitals with data of their own, and one fleet for all tests that need one."""
+
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from . import hospital
+
+SIZES = {"Hospital A": 40, "Hospital B": 24, "Hospital C": 32}
+METRICS = ("test_loss", "test_accuracy")
+SILOS_YAML = """\
+project: trial
+coordinator: {organisation: coordinator, admin: admin@coordinator.org}
+server: {host: localhost, port: 0}
+client: {client}
+silos:
+"""
+
+
+@pytest.fixture(scope="session")
+def silos_yaml(tmp_path_factory):
+    """A `silos.yaml` with the hospitals' data folders beside it."""
+    folder = tmp_path_factory.mktemp("trial")
+    rng = torch.Generator().manual_seed(0)
+    text = SILOS_YAML.replace("{client}", f"{hospital.__file__}:client")
+    for number, (name, n) in enumerate(SIZES.items()):
+        data = folder / "data" / f"hospital_{number}"
+        data.mkdir(parents=True)
+        x, y = torch.randn(n, 1, 16, 16, generator=rng), torch.arange(n) % 2
+        x[y == 1] += 0.5
+        save_file({"x": x, "y": y}, data / "data.safetensors")
+        (data / "name").write_text(name)
+        text += f"  - {{name: {name}, organisation: h{number}, data: {data}}}\n"
+    (folder / "silos.yaml").write_text(text)
+    return folder / "silos.yaml"
+
+
+@pytest.fixture(scope="session")
+def params():
+    torch.manual_seed(0)
+    return hospital.new_model().state_dict()
+
+
+@pytest.fixture(scope="session")
+def silos(silos_yaml):
+    folders = sorted((silos_yaml.parent / "data").iterdir())
+    return [hospital.load_silo(folder) for folder in folders]
+
+
+@pytest.fixture
+def faults(silos_yaml):
+    """faults("Hospital B", {1: "raise"}): what goes wrong there, by round."""
+    written = []
+
+    def set_faults(silo, plan):
+        number = list(SIZES).index(silo)
+        path = silos_yaml.parent / "data" / f"hospital_{number}" / "faults"
+        path.write_text("\n".join(f"{r} {fault}" for r, fault in plan.items()))
+        written.append(path)
+
+    yield set_faults
+    for path in written:
+        path.unlink()
+
+
+def wait_until(condition, seconds, what):
+    """Poll until condition() holds; fail after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.1)

@@ -1,0 +1,254 @@
+"""A fleet of real processes: the simulation's bits, through faults and restarts."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fl_helpers import aggregation
+from fl_helpers.on_premises import gate
+from fl_helpers.on_premises.fleet import Fleet, FleetError, Run
+from fl_helpers.simulation import run_rounds, silo_rng
+from fl_helpers.training import norm_entries, zero_variates
+
+from . import hospital
+from .conftest import METRICS, wait_until
+
+pytestmark = pytest.mark.engines
+LIMIT = 90  # seconds that any run of these tests may take
+
+
+@pytest.fixture(scope="module")
+def fleet(silos_yaml, params, tmp_path_factory):
+    with Fleet(silos_yaml, tmp_path_factory.mktemp("fleet"), ready=60) as fleet:
+        agree(fleet, params)
+        yield fleet
+
+
+def agree(fleet, params, keep_local=()):
+    """Every hospital lets the entries of this model out."""
+    for site in fleet.sites:
+        kit = fleet.kits / site
+        gate.allow(kit, params, keep_local=keep_local, metrics=METRICS)
+
+
+def new_run(name, params, **options):
+    basis = dict(rounds=3, seed=7, quorum=3, deadline=40, metrics=METRICS)
+    return Run(name=name, params=params, **basis | options)
+
+
+def play(fleet, run):
+    return list(fleet.run(run, timeout=LIMIT))
+
+
+def of(events, kind):
+    return [event for event in events if event["event"] == kind]
+
+
+def simulate(run, silos, settings=None, aggregate=aggregation.weighted_average):
+    update, test = hospital.functions(settings or {})
+    return run_rounds(
+        run.params, silos, update, aggregate, rounds=run.rounds, seed=run.seed,
+        evaluate=test, keep_local=run.keep_local, progress=False, workers=1,
+    )  # fmt: skip
+
+
+def assert_same_bits(found, expected):
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].equal(value), name
+
+
+def pids(fleet, who, role):
+    rows = fleet.usage()
+    return [r["pid"] for r in rows if r["who"] == who and r["role"] == role]
+
+
+def kill(fleet, who, *roles):
+    for role in roles:
+        for pid in pids(fleet, who, role):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_three_rounds_equal_the_simulation(fleet, params, silos):
+    run = new_run("fedavg", params)
+    events = play(fleet, run)
+    expected = simulate(run, silos)
+    assert_same_bits(fleet.result(run), expected.params)
+    ends = of(events, "round_end")
+    assert [e["round"] for e in ends] == [0, 1, 2]
+    assert [e["train"] for e in ends] == [r["train"] for r in expected.rounds]
+    tested = {e["rounds"]: e["test"] for e in of(events, "tested")}
+    assert sorted(tested) == [0, 1, 2, 3]
+    assert [tested[r + 1] for r in range(3)] == [r["test"] for r in expected.rounds]
+    # Each tensor of each update is in the hospital's own ledger, with its size.
+    out = [e for e in fleet.ledger("Hospital A") if e["direction"] == "out"]
+    sent = [e for e in out if e["what"] in params and e["round"] == 2]
+    assert {e["what"]: e["bytes"] for e in sent} == {
+        name: value.nbytes for name, value in params.items()
+    }
+
+
+def test_scaffold_with_a_killed_worker_equals_the_simulation(fleet, silos, params):
+    start = params | zero_variates(hospital.new_model())
+    own = [name for name in start if name.startswith("own_variate.")]
+    settings = {"scaffold": 1}
+    run = new_run("scaffold", start, keep_local=own, settings=settings)
+    agree(fleet, start, keep_local=own)
+    try:
+        for event in fleet.run(run, timeout=LIMIT):
+            if event["event"] == "round_end" and event["round"] == 0:
+                kill(fleet, "Hospital-B", "worker_process")
+    finally:
+        agree(fleet, params)
+    assert_same_bits(fleet.result(run), simulate(run, silos, settings).params)
+
+
+def test_fedbn_keeps_the_normalisation_layers_in_the_hospital(fleet, silos, params):
+    own = norm_entries(hospital.new_model())
+    run = new_run("fedbn", params, keep_local=own, rounds=2)
+    agree(fleet, params, keep_local=own)
+    try:
+        play(fleet, run)
+    finally:
+        agree(fleet, params)
+    assert_same_bits(fleet.result(run), simulate(run, silos).params)
+
+
+def test_fedprox_and_fedadam_through_a_server_crash(fleet, silos, params):
+    """The server dies after two rounds; started again, the run goes on to the same
+    bits, with the moments that FedAdam remembers."""
+    trainable = [name for name, _ in hospital.new_model().named_parameters()]
+    settings = {"mu": 0.1}
+    run = new_run(
+        "fedadam", params, rounds=4, aggregate="FedAdam", options={"lr": 0.02},
+        trainable=trainable, settings=settings,
+    )  # fmt: skip
+    with pytest.raises(FleetError, match=r"server ended with code -9\nlast lines of"):
+        for event in fleet.run(run, timeout=LIMIT):
+            if event["event"] == "round_end" and event["round"] == 1:
+                kill(fleet, "server", "runner_process", "server_train")
+                fleet.processes["server"].wait(10)
+    fleet.start_process("server")
+    fleet.wait_ready()
+    events = play(fleet, run)
+    assert of(events, "start")[0]["round"] >= 2
+    rule = aggregation.FedAdam(params, trainable, lr=0.02)
+    expected = simulate(run, silos, settings, rule)
+    assert_same_bits(fleet.result(run), expected.params)
+
+
+def test_bad_updates_cost_one_hospital_one_round(fleet, silos, params, faults):
+    plan = dict(enumerate(["", "raise", "nan", "shape", "lacks", "images", "metric"]))
+    faults("Hospital B", plan)
+    run = new_run("refused", params, rounds=len(plan), quorum=2)
+    events = play(fleet, run)
+    refused = {e["round"]: e for e in of(events, "refused")}
+    assert sorted(refused) == [1, 2, 3, 4, 5, 6]
+    assert {e["silo"] for e in refused.values()} == {"Hospital B"}
+    assert max(e["seconds"] for e in of(events, "round_end")[1:]) < run.deadline / 2
+    reasons = [e["reason"] for e in refused.values()]
+    assert reasons[0] == "the site answered EXECUTION_EXCEPTION"
+    assert set(reasons[1:]) == {"the site answered TASK_RESULT_FILTER_ERROR"}
+    # The hospital's own ledger and log say what it was; the coordinator never learns.
+    entries = fleet.ledger("Hospital B")
+    said = [e["reason"] for e in entries if e["verdict"] == "refused"]
+    for text in ("NaN", "shape", "1 missing", "1 unknown", "allow-list"):
+        assert any(text in reason for reason in said), (text, said)
+    assert "patient_4711.dcm" in (fleet.logs / "Hospital-B.log").read_text()
+    for path in (fleet.kits / "server").rglob("*"):
+        if path.is_file():
+            assert b"patient_4711" not in path.read_bytes(), path
+    # By hand: from round 1 on, A and C are averaged alone.
+    update, _ = hospital.functions({})
+    state = params
+    for r in range(run.rounds):
+        present = silos if r == 0 else [silos[0], silos[2]]
+        state = aggregation.weighted_average(
+            update(state, s, round_index=r, rng=silo_rng(run.seed, s.name, r))
+            for s in present
+        )
+    assert_same_bits(fleet.result(run), state)
+
+
+def test_straggler_is_left_out_and_asked_again(fleet, params, faults):
+    faults("Hospital C", {1: "slow 8"})
+    run = new_run("straggler", params, rounds=20, quorum=2, deadline=5)
+    events = play(fleet, run)
+    first, second, *later = of(events, "round_end")
+    assert len(first["silos"]) == 3
+    assert second["missing"] == ["Hospital C"] and second["seconds"] < 8
+    assert [e["silo"] for e in of(events, "late")] == ["Hospital C"]
+    assert any(len(e["silos"]) == 3 for e in later)
+    assert len(of(events, "missing")) <= 2  # not one deadline per round
+
+
+def test_a_dead_hospital_does_not_stop_the_others(fleet, params):
+    run = new_run("dead", params, rounds=5, quorum=2, deadline=5, ask_again_after=9)
+    events = []
+    for event in fleet.run(run, timeout=LIMIT):
+        events.append(event)
+        if event["event"] == "round_end" and event["round"] == 0:
+            kill(fleet, "Hospital-A", "client_train", "worker_process")
+            fleet.processes["Hospital-A"].wait(10)
+    assert of(events, "round_end")[-1]["silos"] == ["Hospital B", "Hospital C"]
+    fleet.start_process("Hospital-A")
+    fleet.wait_ready()
+    again = play(fleet, new_run("alive", params, rounds=1))
+    assert len(of(again, "round_end")[0]["silos"]) == 3
+
+
+def test_no_quorum_fails_the_run_and_it_can_go_on(fleet, silos, params, faults):
+    faults("Hospital A", {1: "raise"})
+    run = new_run("quorum", params)
+    with pytest.raises(FleetError, match="round 1: 2 valid updates, the quorum is 3"):
+        play(fleet, run)
+    faults("Hospital A", {})
+    events = play(fleet, run)
+    assert of(events, "start")[0]["round"] == 1
+    assert_same_bits(fleet.result(run), simulate(run, silos).params)
+
+
+def test_early_stop(fleet, params):
+    stop = {"metric": "loss", "patience": 1, "higher_is_better": True}  # it falls
+    run = new_run("stop", params, rounds=9, stop=stop)
+    events = play(fleet, run)
+    assert of(events, "stopped") and len(of(events, "round_end")) == 2
+
+
+def test_a_name_belongs_to_one_run(fleet, params):
+    run = new_run("fedavg-twice", params, rounds=1)
+    play(fleet, run)
+    with pytest.raises(ValueError, match=r"started before with another \['seed'\]"):
+        next(fleet.run(replace(run, seed=8)))
+
+
+def test_every_process_listens_on_the_loopback_interface_only(fleet):
+    import psutil
+
+    rows = fleet.usage()
+    assert {r["who"] for r in rows} == {"server", *fleet.sites}
+    found = [
+        c.laddr.ip
+        for r in rows
+        for c in psutil.Process(r["pid"]).net_connections(kind="inet")
+        if c.status == psutil.CONN_LISTEN
+    ]
+    assert found
+    assert set(found) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_second_fleet_in_the_folder_is_refused(fleet, silos_yaml):
+    with pytest.raises(FleetError, match="another fleet runs"):
+        Fleet(silos_yaml, fleet.folder).start()
+    assert fleet.processes["server"].poll() is None
+
+
+def test_torch_is_still_held_to_what_it_was():
+    assert torch.get_num_threads() >= 1
+
+
+_ = wait_until
