@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -257,9 +257,8 @@ def read_update(
         )
         _check_numbers(update, silo, round_index, limits)
         limit = _max_bytes(expected, limits)
-        update.params.update(
-            _read_params(Path(folder) / UPDATE, found, expected, limit)
-        )
+        params = _read_params(Path(folder) / UPDATE, found, expected, limit)
+        update = replace(update, params=params)
         _check_params(update.params, expected, limits.max_norm)
         passed.append((update.params, ["num_examples", *update.metrics]))
     return update
@@ -324,7 +323,7 @@ def _gate(
         reason = str(error)[:600]
         if ledger:
             ledger.add([{"what": what}], **head, verdict="refused", reason=reason)
-        raise Refused(silo, reason) from error
+        raise Refused(silo, reason) from error.__cause__
     for params, numbers in passed if ledger else ():
         ledger.add(ledger_items(params, numbers), **head, verdict="accepted")
 
@@ -378,17 +377,19 @@ def _check_params(
     max_norm: float | None,
 ) -> None:
     _check_names(params, expected)
-    squares = 0.0
+    norm = 0.0
     for name, value in params.items():
         _check_layout(name, value, expected[name])
         _check_values(name, value)
         if max_norm is not None and value.is_floating_point():
-            delta = value.detach().double() - expected[name].detach().double()
-            squares += delta.square().sum().item()
-    if max_norm is not None and not math.sqrt(squares) <= max_norm:
+            wide = torch.promote_types(value.dtype, torch.float32)
+            delta = value.detach().to(wide) - expected[name].detach().to(wide)
+            part = torch.linalg.vector_norm(delta, dtype=torch.float64)
+            norm = math.hypot(norm, part.item())
+    if max_norm is not None and not norm <= max_norm:
         raise ValueError(
-            f"the delta to the global model has norm {math.sqrt(squares):.6g}, the "
-            f"limit is {max_norm}; train with a smaller lr or fewer epochs, or agree "
+            f"the delta to the global model has norm {norm:.6g}, the limit is "
+            f"{max_norm}; train with a smaller lr or fewer epochs, or agree "
             "on another Limits.max_norm"
         )
 
@@ -405,23 +406,19 @@ def _check_names(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def _check_layout(name: str, value: Any, expected: Tensor) -> None:
-    if expected.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name!r} is {expected.dtype}; allowed are {sorted(_DTYPES.values())}"
-        )
-    want = f"expected {expected.dtype} {list(expected.shape)}"
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name!r} is {_shown(value)}, {want}; send tensors only")
+        raise ValueError(f"{name!r} is {_shown(value)}; send tensors only")
+    found = f"{value.dtype} {list(value.shape)} ({value.layout} on {value.device})"
+    want = f"{expected.dtype} {list(expected.shape)}"
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise ValueError(
-            f"{name!r} is {value.layout} on {value.device}, {want}; send dense tensors "
-            "on the CPU"
-        )
+        raise ValueError(f"{name!r} is {found}; send a dense tensor on the CPU: {want}")
     if value.dtype != expected.dtype or value.shape != expected.shape:
         raise ValueError(
-            f"{name!r} is {value.dtype} {list(value.shape)}, {want}; all silos must "
-            "train the same model"
+            f"{name!r} is {found}, expected {want}; all silos must train the same model"
         )
+    if value.dtype not in _DTYPES:
+        allowed = sorted(_DTYPES.values())
+        raise ValueError(f"{name!r} is {found}; the dtypes that may cross: {allowed}")
 
 
 def _check_values(name: str, value: Tensor) -> None:
@@ -440,8 +437,8 @@ def _check_values(name: str, value: Tensor) -> None:
 def _check_size(name: str, size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(
-            f"{name} has {size} bytes, the limit is {limit}; send the global model's "
-            "entries only, or agree on another limit"
+            f"{name} has {size} bytes, the limit is {limit}; send the entries of "
+            "the global model only, as write_update does"
         )
 
 
