@@ -221,12 +221,13 @@ def write_update(
     with _gate(ledger, "out", update.silo, round_index, UPDATE) as passed:
         _check_numbers(update, update.silo, round_index, limits)
         _check_params(update.params, expected, limits.max_norm)
-        data = _to_bytes(update.params)
-        _check_size(UPDATE, len(data), _max_bytes(expected, limits))
+        parts = _to_parts(update.params)
+        _check_size(UPDATE, sum(map(len, parts)), _max_bytes(expected, limits))
         passed.append((update.params, ["num_examples", *update.metrics]))
     metrics = {name: float(value) for name, value in update.metrics.items()}
-    numbers = {"num_examples": update.num_examples, "metrics": metrics}
-    return _write(Path(folder), UPDATE, data, update.silo, round_index, numbers)
+    head = {"silo": update.silo, "round": round_index}
+    head |= {"num_examples": update.num_examples, "metrics": metrics}
+    return _write(Path(folder), UPDATE, parts, head)
 
 
 def read_update(
@@ -281,7 +282,8 @@ def write_model(
     with _gate(ledger, "out", silo, round_index, MODEL) as passed:
         _check_params(params, params, None)
         passed.append((params, []))
-    return _write(Path(folder), MODEL, _to_bytes(params), silo, round_index, {})
+    head = {"silo": silo, "round": round_index}
+    return _write(Path(folder), MODEL, _to_parts(params), head)
 
 
 def read_model(
@@ -555,49 +557,52 @@ def _json(what: str, data: bytes) -> dict[str, Any]:
     return found
 
 
-def _write(
-    folder: Path,
-    weights: str,
-    data: bytes,
-    silo: str,
-    round_index: int,
-    numbers: Mapping[str, Any],
-) -> Path:
+def _write(folder: Path, name: str, parts: list[Any], head: Mapping[str, Any]) -> Path:
     """Write weights and manifest; both are on the disk before either is renamed.
 
     Nothing is taken without a manifest: the old one goes first, the new one comes last.
     """
-    manifest = {"version": _VERSION, "silo": silo, "round": round_index, **numbers}
-    manifest |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    parts = {weights: data, MANIFEST: json.dumps(manifest, indent=1).encode()}
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    manifest = {"version": _VERSION, **head}
+    manifest |= {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
+    files = {name: parts, MANIFEST: [json.dumps(manifest, indent=1).encode()]}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        for name, content in parts.items():
-            with (folder / f"{name}.tmp").open("wb") as file:
-                file.write(content)
+        for path, content in files.items():
+            with (folder / f"{path}.tmp").open("wb") as file:
+                file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
         (folder / MANIFEST).unlink(missing_ok=True)
-        for name in parts:
-            os.replace(folder / f"{name}.tmp", folder / name)
+        for path in files:
+            os.replace(folder / f"{path}.tmp", folder / path)
     finally:
-        for name in parts:
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        for path in files:
+            (folder / f"{path}.tmp").unlink(missing_ok=True)
     return folder
 
 
-def _to_bytes(params: Mapping[str, Tensor]) -> bytes:
-    """Safetensors, the same for the same params; clones, as no memory may be shared."""
-    whole = torch.contiguous_format
-    return safetensors.torch.save(
-        {
-            name: value.detach().clone(memory_format=whole)
-            for name, value in params.items()
-        }
-    )
+def _to_parts(params: Mapping[str, Tensor]) -> list[Any]:
+    """A safetensors file in parts: the header's length, the header, each entry's bytes.
+
+    Nothing is copied, unlike in `safetensors.torch.save`, and memory may be shared.
+    """
+    names = sorted(params, key=lambda k: (-params[k].element_size(), k))  # aligned
+    header, end = {}, 0
+    for name in names:
+        shape, start, end = list(params[name].shape), end, end + params[name].nbytes
+        header[name] = dict(dtype=_DTYPES[params[name].dtype], shape=shape)
+        header[name]["data_offsets"] = [start, end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    size = len(text).to_bytes(8, "little")
+    return [size, text, *(_as_bytes(params[name]) for name in names)]
 
 
 def _as_bytes(value: Tensor) -> Any:
+    """An array [bytes] on the same memory, if that is contiguous."""
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
