@@ -22,8 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -514,7 +514,7 @@ def _read_params(
             "replaced on its way: send it again"
         )
     try:
-        return safetensors.torch.load(data)
+        return load_safetensors(data)
     except Exception as error:  # whatever this version of the library raises
         raise ValueError(f"{path.name} is not valid safetensors: {error}") from error
 

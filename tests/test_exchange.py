@@ -282,7 +282,7 @@ BAD_FOR_THE_MODEL = {
         {"params": {"w": state()["w"]}},
         r"5 missing \('half', 'brain', 'bn.num_batches_tracked'\), 0 unknown",
     ),
-    "other shape": (with_entry(w=torch.zeros(3, 2)), r"\[3, 2\] .* expected .*\[2, 3\];"),
+    "other shape": (with_entry(w=torch.zeros(3, 2)), "3, 2. .* expected .*2, 3.;"),
     "0-dim as 1-dim": (
         with_entry(**{"bn.num_batches_tracked": torch.tensor([7])}),
         r"'bn.num_batches_tracked' is torch.int64 \[1\] .*, expected torch.int64 \[\]",
