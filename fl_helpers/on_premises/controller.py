@@ -35,6 +35,7 @@ from fl_helpers.on_premises.executor import INITIAL, end_with_parent
 from fl_helpers.on_premises.gate import pack, unpack
 from fl_helpers.simulation import Params
 
+START_UP = 60  # seconds that the hospitals' workers may need before the first task
 Aggregate = Callable[[Iterable[Any]], Params]
 
 
@@ -76,8 +77,9 @@ class RoundController(Controller):
         torch.set_num_threads(1)
         self.spec, self.silos = spec, spec["silos"]  # {site: silo}
         self.lock = threading.Lock()  # results come in by several threads
-        self.back: set[str] = set()  # absent sites that were heard of
-        self.absent: dict[str, int] = {}  # site: round in which it did not answer
+        self.absent: set[str] = set()  # sites that did not answer when last asked
+        self.heard: set[str] = set()  # sites that asked for work since
+        self.started = 0.0  # when the last task went out
         limits = {"max_norm": spec["max_norm"], "max_bytes": spec["max_bytes"]}
         allowed = exchange.Limits().metrics | set(spec["metrics"])
         self.limits = exchange.Limits(metrics=allowed, **limits)
@@ -85,6 +87,8 @@ class RoundController(Controller):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             end_with_parent()
+        if event_type == EventType.BEFORE_PROCESS_TASK_REQUEST:
+            self.heard.add(fl_ctx.get_peer_context().get_identity_name())
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
@@ -126,7 +130,8 @@ class RoundController(Controller):
                 break
         if spec["evaluate"]:
             done = state["rounds_done"]
-            self._tested(done, self._ask("evaluate", done, list(self.silos)), state)
+            answers = self._ask("evaluate", done, self._present(done))
+            self._tested(done, answers, state)
         final = self._model(state["rounds_done"])
         for target in (self.folder / "final", self.result):  # also for download
             shutil.rmtree(target, ignore_errors=True)
@@ -171,13 +176,13 @@ class RoundController(Controller):
         message = pack(self._model(index))
         answers = Answers(bytes_down=len(message[exchange.MODEL]))
         message["round"], message["evaluate"] = index, bool(self.spec["evaluate"])
-        self.started = time.monotonic()
         work = Task(
             name=task,
             data=message,
-            timeout=self.spec["deadline"],
+            timeout=self.spec["deadline"] + (0 if self.started else START_UP),
             result_received_cb=partial(self._received, answers=answers, index=index),
         )
+        self.started = time.monotonic()
         self.broadcast_and_wait(
             work, self.context, sites, len(sites), abort_signal=self.abort
         )
@@ -240,24 +245,23 @@ class RoundController(Controller):
         result: Shareable,
         fl_ctx: FLContext,
     ) -> None:
-        """An answer after the deadline: not used, but the hospital is there again."""
-        self.back.add(client.name)
-        self._event("late", silo=self.silos.get(client.name, client.name))
+        """An answer after the deadline is not used."""
 
     def _present(self, index: int) -> list[str]:
-        """Who is asked: all but the absent; these when heard of, or now and then."""
-        for site, since in list(self.absent.items()):
-            if site in self.back or index - since > self.spec["ask_again_after"]:
-                del self.absent[site]
-        self.back.clear()
+        """Who is asked: all but those who did not answer and have not asked for work
+        since; a round waits for nobody twice."""
+        for site in sorted(self.absent & self.heard):
+            self._event("back", round=index, silo=self.silos[site])
+        self.absent -= self.heard
         return [site for site in sorted(self.silos) if site not in self.absent]
 
     def _note_absent(self, index: int, sites: list[str], answers: Answers) -> list[str]:
         heard = answers.updates.keys() | answers.refused.keys()
         missing = [site for site in sites if self.silos[site] not in heard]
         for site in missing:
-            self.absent[site] = index
             self._event("missing", round=index, silo=self.silos[site])
+        self.absent.update(missing)
+        self.heard.difference_update(missing)
         return [self.silos[site] for site in missing]
 
     def _tested(self, index: int, answers: Answers, state: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from nvflare.apis.signal import Signal
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
-from fl_helpers.on_premises.gate import read_policy, unpack
+from fl_helpers.on_premises.gate import Unreleased, read_policy, unpack
 from fl_helpers.on_premises.guards import SiteGuard
 from fl_helpers.on_premises.site import read_site
 from fl_helpers.simulation import ClientUpdate, Params, silo_rng
@@ -125,7 +125,7 @@ class SiteExecutor(Executor):
             self.log_exception(fl_ctx, f"task {task_name!r} failed")
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         result = make_reply(ReturnCode.OK)
-        result["update"], result["round"] = update, shareable["round"]
+        result["update"] = Unreleased(update, shareable["round"])
         return result
 
     def _answer(self, task: str, message: Shareable) -> Update:

@@ -50,8 +50,7 @@ class Run:
     texts for the hospitals' own function. evaluate: the silos test the global model
     before they train, and the last one. metrics: names that may be reported, beside
     those of `exchange.Limits`. stop: {"metric": name, "patience": rounds}, and
-    "higher_is_better": False for a loss. ask_again_after: rounds after which a silo
-    that did not answer is asked again (at once if it is heard of).
+    "higher_is_better": False for a loss.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Run:
     stop: Mapping[str, Any] | None = None
     max_norm: float | None = None
     max_bytes: int | None = None
-    ask_again_after: int = 2
 
 
 class Fleet:
@@ -204,7 +202,7 @@ class Fleet:
     def run(self, run: Run, *, timeout: float = 3600) -> Iterator[dict[str, Any]]:
         """Start a run and yield its events until it is over; the last one is "done".
 
-        Events: start, round_start, update, refused, missing, late, round_end, tested,
+        Events: start, round_start, update, refused, missing, back, round_end, tested,
         stopped, done; each a dict with "event", "time" and what belongs to it. Raises
         FleetError if the run fails, the server dies, or after `timeout` seconds.
         Closing the iterator, or an interrupt, aborts the run.

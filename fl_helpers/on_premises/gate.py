@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fl_helpers import exchange
 from fl_helpers.on_premises.site import read_site, write_json
+from fl_helpers.training import Update
 
 
 def allow(
@@ -61,54 +62,63 @@ def read_policy(kit: str | Path) -> tuple[dict[str, Tensor], exchange.Limits]:
     return expected, limits
 
 
+class Unreleased:
+    """An update inside a hospital. The engine cannot serialise an object with slots:
+    without the gate nothing leaves, instead of everything."""
+
+    __slots__ = ("round_index", "update")
+
+    def __init__(self, update: Update, round_index: int) -> None:
+        self.update, self.round_index = update, round_index
+
+
 class EgressGate(Filter):
     """Every task result leaves through here, and only here it is made ready to leave.
 
-    The executor hands over an update in memory, which the engine cannot send. If it is
-    exactly what `local/egress.json` allows, it is written to the ledger and replaced by
-    the two files of `exchange.write_update`; otherwise the result is refused as a
-    whole, and only a code leaves. Of an error, too, only the code leaves.
+    The executor hands over an `Unreleased` update. If it is exactly what
+    `local/egress.json` allows, it is written to the ledger and replaced by the two
+    files of `exchange.write_update`; otherwise the result is refused as a whole, and
+    only a code leaves. Of an error, too, only the code leaves.
     """
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
         ledger = exchange.Ledger(kit / "ledger.jsonl")
-        silo = read_site(kit).silo
+        silo, found = read_site(kit).silo, shareable.get("update")
         code = shareable.get_return_code()
-        if code != ReturnCode.OK or "update" not in shareable:
-            code = code if code in vars(ReturnCode).values() else "UNKNOWN"
-            code = ReturnCode.EMPTY_RESULT if code == ReturnCode.OK else code
+        if code != ReturnCode.OK:
+            code = code if code in vars(ReturnCode).values() else ReturnCode.ERROR
             item = {"what": f"code {code}", "bytes": len(code)}
             ledger.add(
                 [item], direction="out", silo=silo, round_index=None, verdict="accepted"
             )
             return make_reply(code)
         try:
+            if type(found) is not Unreleased or type(found.round_index) is not int:
+                raise TypeError("the result is not an update of a round")
             task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
-            return self._release(kit, ledger, shareable, silo, task)
+            return _release(kit, ledger, found, silo, task)
         except Exception as error:
-            self.log_warning(fl_ctx, f"the gate let nothing out: {error}")
+            self.logger.warning(f"the gate let nothing out: {error}")
             return make_reply(ReturnCode.TASK_RESULT_FILTER_ERROR)
 
-    @staticmethod
-    def _release(
-        kit: Path, ledger: exchange.Ledger, result: Shareable, silo: str, task: str
-    ) -> Shareable:
-        expected, limits = read_policy(kit)
-        if task == "evaluate":
-            expected = {}  # metrics only
-        if result["update"].silo != silo:
-            raise ValueError(f"the update is not of {silo!r}")
-        with tempfile.TemporaryDirectory() as folder:
-            exchange.write_update(
-                folder,
-                result["update"],
-                round_index=result["round"],
-                expected=expected,
-                limits=limits,
-                ledger=ledger,
-            )
-            return pack(folder)
+
+def _release(
+    kit: Path, ledger: exchange.Ledger, found: Unreleased, silo: str, task: str
+) -> Shareable:
+    """The update as a message, if all of it may leave."""
+    expected, limits = read_policy(kit)
+    expected = {} if task == "evaluate" else expected  # then: metrics only
+    index = found.round_index
+    exchange.check_update(
+        found.update, expected, silo=silo, round_index=index, limits=limits,
+        direction="out", ledger=ledger,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        exchange.write_update(
+            folder, found.update, round_index=index, expected=expected, limits=limits
+        )
+        return pack(folder)
 
 
 def pack(folder: str | Path) -> Shareable:

@@ -2,10 +2,8 @@
 
 import os
 import signal
-from dataclasses import replace
 
 import pytest
-import torch
 
 from fl_helpers import aggregation
 from fl_helpers.on_premises import gate
@@ -14,7 +12,7 @@ from fl_helpers.simulation import run_rounds, silo_rng
 from fl_helpers.training import norm_entries, zero_variates
 
 from . import hospital
-from .conftest import METRICS, wait_until
+from .conftest import METRICS
 
 pytestmark = pytest.mark.engines
 LIMIT = 90  # seconds that any run of these tests may take
@@ -107,15 +105,23 @@ def test_scaffold_with_a_killed_worker_equals_the_simulation(fleet, silos, param
     assert_same_bits(fleet.result(run), simulate(run, silos, settings).params)
 
 
-def test_fedbn_keeps_the_normalisation_layers_in_the_hospital(fleet, silos, params):
+def test_fedbn_fails_without_quorum_and_goes_on(fleet, silos, params, faults):
+    """Hospitals B and C do round 1 twice, both times from the layers of round 0."""
     own = norm_entries(hospital.new_model())
-    run = new_run("fedbn", params, keep_local=own, rounds=2)
+    run = new_run("fedbn", params, keep_local=own)
     agree(fleet, params, keep_local=own)
+    faults("Hospital A", {1: "raise"})
     try:
-        play(fleet, run)
+        with pytest.raises(FleetError, match="round 1: 2 valid updates, the quorum is"):
+            play(fleet, run)
+        faults("Hospital A", {})
+        events = play(fleet, run)
     finally:
         agree(fleet, params)
+    assert of(events, "start")[0]["round"] == 1
     assert_same_bits(fleet.result(run), simulate(run, silos).params)
+    sent = {e["what"] for e in fleet.ledger("Hospital B") if e["direction"] == "out"}
+    assert sent >= set(params) - set(own)
 
 
 def test_fedprox_and_fedadam_through_a_server_crash(fleet, silos, params):
@@ -156,7 +162,7 @@ def test_bad_updates_cost_one_hospital_one_round(fleet, silos, params, faults):
     # The hospital's own ledger and log say what it was; the coordinator never learns.
     entries = fleet.ledger("Hospital B")
     said = [e["reason"] for e in entries if e["verdict"] == "refused"]
-    for text in ("NaN", "shape", "1 missing", "1 unknown", "allow-list"):
+    for text in ("36 NaN", "[3]", "1 missing", "'images'", "patient_4711"):
         assert any(text in reason for reason in said), (text, said)
     assert "patient_4711.dcm" in (fleet.logs / "Hospital-B.log").read_text()
     for path in (fleet.kits / "server").rglob("*"):
@@ -175,19 +181,19 @@ def test_bad_updates_cost_one_hospital_one_round(fleet, silos, params, faults):
 
 
 def test_straggler_is_left_out_and_asked_again(fleet, params, faults):
-    faults("Hospital C", {1: "slow 8"})
-    run = new_run("straggler", params, rounds=20, quorum=2, deadline=5)
+    faults("Hospital C", {1: "slow 5"})
+    run = new_run("straggler", params, rounds=14, quorum=2, deadline=3)
     events = play(fleet, run)
     first, second, *later = of(events, "round_end")
     assert len(first["silos"]) == 3
-    assert second["missing"] == ["Hospital C"] and second["seconds"] < 8
-    assert [e["silo"] for e in of(events, "late")] == ["Hospital C"]
-    assert any(len(e["silos"]) == 3 for e in later)
-    assert len(of(events, "missing")) <= 2  # not one deadline per round
+    assert second["missing"] == ["Hospital C"] and second["seconds"] < 5
+    assert [e["silo"] for e in of(events, "back")] == ["Hospital C"]
+    assert len(later[0]["silos"]) == 2 and len(later[-1]["silos"]) == 3
+    assert len(of(events, "missing")) == 1  # one deadline is lost, not more
 
 
 def test_a_dead_hospital_does_not_stop_the_others(fleet, params):
-    run = new_run("dead", params, rounds=5, quorum=2, deadline=5, ask_again_after=9)
+    run = new_run("dead", params, rounds=5, quorum=2, deadline=3)
     events = []
     for event in fleet.run(run, timeout=LIMIT):
         events.append(event)
@@ -197,33 +203,10 @@ def test_a_dead_hospital_does_not_stop_the_others(fleet, params):
     assert of(events, "round_end")[-1]["silos"] == ["Hospital B", "Hospital C"]
     fleet.start_process("Hospital-A")
     fleet.wait_ready()
-    again = play(fleet, new_run("alive", params, rounds=1))
-    assert len(of(again, "round_end")[0]["silos"]) == 3
-
-
-def test_no_quorum_fails_the_run_and_it_can_go_on(fleet, silos, params, faults):
-    faults("Hospital A", {1: "raise"})
-    run = new_run("quorum", params)
-    with pytest.raises(FleetError, match="round 1: 2 valid updates, the quorum is 3"):
-        play(fleet, run)
-    faults("Hospital A", {})
-    events = play(fleet, run)
-    assert of(events, "start")[0]["round"] == 1
-    assert_same_bits(fleet.result(run), simulate(run, silos).params)
-
-
-def test_early_stop(fleet, params):
-    stop = {"metric": "loss", "patience": 1, "higher_is_better": True}  # it falls
-    run = new_run("stop", params, rounds=9, stop=stop)
-    events = play(fleet, run)
-    assert of(events, "stopped") and len(of(events, "round_end")) == 2
-
-
-def test_a_name_belongs_to_one_run(fleet, params):
-    run = new_run("fedavg-twice", params, rounds=1)
-    play(fleet, run)
-    with pytest.raises(ValueError, match=r"started before with another \['seed'\]"):
-        next(fleet.run(replace(run, seed=8)))
+    stop = {"metric": "loss", "patience": 1}  # higher is better, but the loss falls
+    again = play(fleet, new_run("alive", params, rounds=9, stop=stop))
+    assert [len(e["silos"]) for e in of(again, "round_end")] == [3, 3]
+    assert of(again, "stopped")[0]["round"] == 1
 
 
 def test_every_process_listens_on_the_loopback_interface_only(fleet):
@@ -245,10 +228,3 @@ def test_second_fleet_in_the_folder_is_refused(fleet, silos_yaml):
     with pytest.raises(FleetError, match="another fleet runs"):
         Fleet(silos_yaml, fleet.folder).start()
     assert fleet.processes["server"].poll() is None
-
-
-def test_torch_is_still_held_to_what_it_was():
-    assert torch.get_num_threads() >= 1
-
-
-_ = wait_until

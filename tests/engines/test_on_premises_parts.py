@@ -1,0 +1,456 @@
+"""The parts of the on-premises run, each by itself: no process is started."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import yaml
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_launcher_spec import JobReturnCode
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.workspace import Workspace
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey
+from nvflare.fuel.f3.endpoint import Endpoint
+from nvflare.fuel.f3.message import Message
+
+from fl_helpers import aggregation, exchange
+from fl_helpers.on_premises import controller, executor, fleet, gate, provision, site
+from fl_helpers.on_premises.guards import HubGuard, SiteGuard
+from fl_helpers.training import Update
+
+EXAMPLE = Path(provision.__file__).with_name("silos.yaml")
+
+
+# ---- silos.yaml and start-up kits
+
+
+def test_the_example_file_is_valid():
+    federation = provision.read_silos(EXAMPLE)
+    assert [silo.name for silo in federation.silos] == [
+        "Hospital A", "Hospital B", "Hospital C"
+    ]  # fmt: skip
+    assert federation.silos[0].data == str(EXAMPLE.parent / "data/hospital_a")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("server"), "server is missing"),
+        (lambda c: c["server"].pop("port"), "server.port is missing"),
+        (lambda c: c["silos"][1].pop("data"), r"silos\[1\].data is missing"),
+        (lambda c: c.update(rounds=3), "rounds is not a known key"),
+        (lambda c: c.update(silos=[]), "silos must be a list with at least one"),
+        (lambda c: c.update(coordinator="me"), "coordinator must have the keys"),
+        (lambda c: c["silos"][1].update(name="a/b"), r"silos\[1\].name must match"),
+        (
+            lambda c: c["silos"][1].update(name=7),
+            r"silos\[1\].name must match .* got 7",
+        ),
+        (
+            lambda c: c["silos"][1].update(name="Hospital A"),
+            r"\[1\].name .* used twice",
+        ),
+        (
+            lambda c: c["silos"][1].update(name="Hospital-A"),
+            r"\[1\].name .* used twice",
+        ),
+        (lambda c: c["silos"][0].update(name="server"), r"silos\[0\].name .* reserved"),
+        (lambda c: c["server"].update(port=70000), "server.port must be 0 to 65535"),
+        (
+            lambda c: c["server"].update(host="fl.org"),
+            "port 0 .* is for localhost only",
+        ),
+        (lambda c: c["coordinator"].update(admin="me"), "coordinator.admin must match"),
+        (lambda c: c.update(client="hospital"), "client must match"),
+    ],
+)
+def test_an_error_names_the_file_and_the_key(tmp_path, change, message):
+    content = yaml.safe_load(EXAMPLE.read_text())
+    change(content)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=rf"mine\.yaml: .*{message}"):
+        provision.read_silos(tmp_path / "mine.yaml")
+
+
+def test_a_file_that_is_not_yaml(tmp_path):
+    (tmp_path / "mine.yaml").write_text("silos: [")
+    with pytest.raises(ValueError, match=r"mine\.yaml is not YAML"):
+        provision.read_silos(tmp_path / "mine.yaml")
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kits")
+    return provision.provision(provision.read_silos(EXAMPLE), folder)
+
+
+def test_keys_are_private_and_the_authority_stays_away_from_the_kits(kits):
+    names = ["server", "admin", "Hospital-A", "Hospital-B", "Hospital-C"]
+    assert sorted(path.name for path in kits.iterdir()) == sorted(names)
+    keys = list(kits.rglob("*.key"))
+    assert len(keys) == len(names)
+    authority = kits.parent / "authority"
+    for path in [*keys, *authority.rglob("cert.json")]:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert stat.S_IMODE(authority.stat().st_mode) == 0o700
+    state = json.loads(next(authority.rglob("cert.json")).read_text())
+    secret = state["root_pri_key"].split("\n")[1]
+    for path in kits.rglob("*"):
+        assert path.is_dir() or secret not in path.read_text(), path
+
+
+def test_a_hospitals_policy(kits):
+    local = kits / "Hospital-A" / "local"
+    resources = json.loads((local / "resources.json").read_text())
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    assert resources["class_allow_list"] == [fleet._path(executor.SiteExecutor)]
+    assert resources["allow_log_streaming"] is False
+    rights = json.loads((local / "authorization.json").read_text())["permissions"]
+    assert rights["project_admin"]["byoc"] == "none"
+    assert rights["lead"] == {"view": "any"}
+    scopes = json.loads((local / "privacy.json").read_text())
+    gates = scopes["scopes"][0]["task_result_filters"]
+    assert [g["path"] for g in gates] == [fleet._path(gate.EgressGate)]
+    assert site.read_site(kits / "Hospital-A").silo == "Hospital A"
+
+
+def test_kits_are_not_overwritten(kits):
+    with pytest.raises(FileExistsError, match="exists; delete it"):
+        provision.provision(provision.read_silos(EXAMPLE), kits.parent)
+
+
+def test_kits_are_not_put_where_git_would_take_them(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("runs/\n")
+    federation = provision.read_silos(EXAMPLE)
+    with pytest.raises(ValueError, match="would be taken by git.*below runs/"):
+        provision.provision(federation, tmp_path / "kits")
+    assert not (tmp_path / "kits").exists()
+    assert provision.provision(federation, tmp_path / "runs" / "trial").exists()
+
+
+def test_another_port_reaches_every_kit(kits):
+    provision.set_port(kits, 4711)
+    texts = [p.read_text() for p in kits.glob("*/startup/fed_*.json")]
+    assert len(texts) == 5 and all("4711" in text for text in texts)
+    assert not any("8002" in text for text in texts)
+
+
+# ---- guards
+
+
+def message(sender, origin, target, topic="train", payload=None):
+    """A message as a filter gets it: `sender` is the connection's peer."""
+    header = {MessageHeaderKey.ORIGIN: origin, MessageHeaderKey.DESTINATION: target}
+    header |= {MessageHeaderKey.CHANNEL: "task", MessageHeaderKey.TOPIC: topic}
+    made = Message(header, payload)
+    made.set_prop(MessagePropKey.ENDPOINT, Endpoint(sender))
+    return made
+
+
+class Core:
+    """Stands in for the engine's message layer."""
+
+    def __init__(self, name):
+        self.name, self.filters = name, []
+
+    def get_fqcn(self):
+        return self.name
+
+    def add_incoming_filter(self, channel, topic, check):
+        self.filters.append((channel, topic, check))
+
+    add_incoming_request_filter = add_incoming_filter
+
+
+def installed(guard, name):
+    core = Core(name)
+    guard.install(SimpleNamespace(core_cell=core))
+    ((channel, topic, check),) = core.filters
+    assert (channel, topic) == ("*", "*")
+    return check
+
+
+@pytest.mark.parametrize(
+    "sender, origin, target, passes",
+    [
+        ("A", "A", "server", True),
+        ("A.job", "A.job", "server.job", True),
+        ("server.job", "server.job", "A.job", True),
+        ("server.job", "server", "A", True),
+        ("A", "A", "B", False),
+        ("A.job", "A.job", "B.job", False),
+        ("A", "A", "A.job", False),
+        ("A", "server", "B", False),  # says that it is someone else
+        ("A", "B", "server", False),
+        ("A", "", "server", False),
+        ("admin", "admin", "B", False),
+    ],
+)
+def test_hub_guard(sender, origin, target, passes):
+    check = installed(HubGuard(), "server")
+    assert (check(message(sender, origin, target)) is None) == passes
+
+
+@pytest.mark.parametrize(
+    "sender, origin, topic, inner, passes",
+    [
+        ("server", "server", "train", None, True),
+        ("server", "server.job", "train", None, True),
+        ("B.job", "B.job", "heartbeat", None, True),  # its own worker
+        ("server", "A", "train", None, False),
+        ("A", "A", "train", None, False),
+        ("A", "server", "train", None, False),
+        ("server", "admin", "train", None, False),
+        ("server", "server", "sys.shell", None, False),
+        ("server", "server", "admin", "sys.shell", False),
+        ("server", "server", "admin", "sys.info", True),
+    ],
+)
+def test_site_guard(sender, origin, topic, inner, passes):
+    check = installed(SiteGuard(), "B")
+    payload = SimpleNamespace(topic=inner) if inner else None
+    made = message(sender, origin, "B", topic, payload)
+    assert (check(made) is None) == passes
+
+
+# ---- the gate
+
+
+STATE = {"w": torch.ones(2, 2), "n": torch.tensor(3), "own": torch.zeros(4)}
+SENT = {name: STATE[name] for name in ("w", "n")}
+
+
+@pytest.fixture
+def kit(tmp_path):
+    for name in ("startup", "local"):
+        (tmp_path / name).mkdir()
+    site.harden_site(tmp_path, site.Site("Hospital A", "/data", "hospital:client"))
+    gate.allow(tmp_path, STATE, keep_local=["own"], metrics=["test_loss"])
+    return tmp_path
+
+
+def through(kit, result, task="train"):
+    context = FLContext()
+    context.set_prop(FLContextKey.WORKSPACE_OBJECT, Workspace(str(kit)))
+    context.set_prop(FLContextKey.TASK_NAME, task)
+    return gate.EgressGate().process(result, context)
+
+
+def result(params=SENT, metrics=None, silo="Hospital A", round_index=4):
+    made = make_reply(ReturnCode.OK)
+    update = Update(silo, dict(params), 10, metrics or {"test_loss": 0.5})
+    made["update"] = gate.Unreleased(update, round_index)
+    return made
+
+
+def ledger(kit):
+    if not (kit / "ledger.jsonl").exists():
+        return []
+    return exchange.read_ledger(kit / "ledger.jsonl")[0]
+
+
+def test_what_is_agreed_leaves_as_two_files_and_is_in_the_ledger(kit, tmp_path):
+    made = result()
+    made["more"] = made["update"].update.params  # whatever else is there stays
+    sent = through(kit, made)
+    files = {k for k in sent if k not in ("__headers__", "__cookies__")}
+    assert files == {exchange.UPDATE, exchange.MANIFEST}
+    folder = gate.unpack(sent, tmp_path / "in", exchange.UPDATE)
+    found = exchange.read_update(
+        folder, SENT, silo="Hospital A", round_index=4,
+        limits=exchange.Limits(metrics=frozenset({"test_loss"})),
+    )  # fmt: skip
+    assert found.params["w"].equal(STATE["w"]) and found.metrics == {"test_loss": 0.5}
+    # 4 float32 are 16 bytes, one int64 is 8.
+    lines = {e["what"]: e["bytes"] for e in ledger(kit) if e["verdict"] == "accepted"}
+    assert lines["w"] == 16 and lines["n"] == 8
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        result(SENT | {"own": STATE["own"]}),
+        result({"w": STATE["w"]}),
+        result(SENT | {"w": torch.ones(4, 2)}),
+        result(SENT | {"w": STATE["w"].double()}),
+        result(SENT | {"w": STATE["w"] * torch.nan}),
+        result(metrics={"patient_4711": 1.0}),
+        result(metrics={"test_loss": [0.5, 0.6]}),
+        result(metrics={"test_loss": "text"}),
+        result(silo="Hospital B"),
+        result(round_index="4"),
+        make_reply(ReturnCode.OK),
+    ],
+)
+def test_what_is_not_agreed_does_not_leave_at_all(kit, bad):
+    sent = through(kit, bad)
+    assert sent.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
+    assert set(sent) == {"__headers__"}
+    assert not any(e["verdict"] == "accepted" for e in ledger(kit))
+
+
+def test_more_bytes_than_agreed_do_not_leave(kit):
+    gate.allow(kit, SENT, metrics=["test_loss"], max_bytes=20)
+    sent = through(kit, result())
+    assert sent.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
+
+
+def test_an_evaluation_sends_numbers_only(kit):
+    assert through(kit, result({}), "evaluate").get_return_code() == ReturnCode.OK
+    sent = through(kit, result(SENT), "evaluate")
+    assert sent.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
+
+
+def test_of_an_error_only_the_code_leaves(kit):
+    failed = make_reply(ReturnCode.EXECUTION_EXCEPTION, {"why": "patient_4711.dcm"})
+    failed["text"] = "patient_4711.dcm"
+    sent = through(kit, failed)
+    assert sent.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert "4711" not in str(dict(sent))
+    failed.set_return_code("patient_4711.dcm")
+    assert through(kit, failed).get_return_code() == ReturnCode.ERROR
+    assert [e["what"] for e in ledger(kit)][0] == "code EXECUTION_EXCEPTION"
+    assert "4711" not in (kit / "ledger.jsonl").read_text()
+
+
+def test_without_a_policy_nothing_leaves(kit):
+    (kit / "local" / "egress.json").unlink()
+    sent = through(kit, result())
+    assert sent.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
+
+
+def test_without_the_gate_the_engine_cannot_send_an_update():
+    from nvflare.fuel.utils import fobs
+
+    with pytest.raises(RuntimeError, match="Unreleased.* can't be serialized"):
+        fobs.dumps(result())
+
+
+def test_unpack_takes_bytes_only(tmp_path):
+    with pytest.raises(ValueError, match="lacks update.safetensors; it must be bytes"):
+        gate.unpack(Shareable(), tmp_path, exchange.UPDATE)
+    with pytest.raises(ValueError, match="must be bytes"):
+        gate.unpack({exchange.UPDATE: "text"}, tmp_path, exchange.UPDATE)
+
+
+# ---- launcher, executor, controller, fleet
+
+
+def worker(code, relaunches):
+    command = [sys.executable, "-S", "-c", code]
+    return site._Worker(command, dict(os.environ), relaunches)
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path):
+    count = tmp_path / "count"
+    code = f"open({str(count)!r}, 'a').write('x'); import sys; sys.exit(3)"
+    started = worker(code, relaunches=1)
+    started.wait()
+    assert count.read_text() == "xx"
+    assert started.poll() == JobReturnCode.UNKNOWN  # the run is not failed for all
+
+
+def test_a_worker_that_ends_or_is_stopped_is_not_started_again():
+    done = worker("pass", relaunches=5)
+    done.wait()
+    assert done.poll() == JobReturnCode.SUCCESS and done.left == 5
+    stopped = worker("import time; time.sleep(60)", relaunches=5)
+    stopped.terminate()
+    before = time.monotonic()
+    stopped.wait()
+    assert time.monotonic() - before < 10 and stopped.left == 5
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    """The child of a process that is killed is gone, too, soon after."""
+    child = (
+        "from fl_helpers.on_premises.executor import end_with_parent\n"
+        "import os, sys, time\n"
+        "end_with_parent()\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    parent = (
+        "import subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]])\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", parent, tmp_path / "pid"])
+    end = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    grandchild = psutil.Process(int((tmp_path / "pid").read_text()))
+    started.kill()
+    started.wait()
+    psutil.wait_procs([grandchild], timeout=10)
+    assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_hospitals_function_is_loaded_by_file_or_by_module(tmp_path):
+    code = "from fl_helpers.on_premises.executor import Client\n"
+    code += "def make(data, settings): return Client((data, settings), None)\n"
+    code += "def other(data, settings): return 3\n"
+    (tmp_path / "mine.py").write_text(code)
+    entry = f"{tmp_path}/mine.py:make"
+    assert executor.load_client(entry, "/data", {"lr": 1}).silo == (
+        Path("/data"), {"lr": 1}
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="must return a Client, got int"):
+        executor.load_client(f"{tmp_path}/mine.py:other", "/data", {})
+    with pytest.raises(ModuleNotFoundError):
+        executor.load_client("no_such_module:make", "/data", {})
+
+
+def test_an_aggregate_by_name():
+    average = controller.make_aggregate("weighted_average", STATE, [], {})
+    assert average is aggregation.weighted_average
+    rule = controller.make_aggregate("FedAdam", STATE, ["w"], {"lr": 0.5})
+    assert isinstance(rule, aggregation.FedAdam) and rule.lr == 0.5
+    for name in ("math", "Iterable", "_metric", "nothing"):
+        with pytest.raises(ValueError, match=f"got {name!r}"):
+            controller.make_aggregate(name, STATE, ["w"], {})
+
+
+@pytest.mark.parametrize(
+    "scores, higher, stops",
+    [
+        ([0.5], True, False),
+        ([0.5, 0.6, 0.5], True, False),  # the best is within the last two
+        ([0.6, 0.5, 0.6], True, True),  # equal is not better
+        ([0.5, 0.6, 0.5], False, True),
+        ([0.5, 0.6, 0.4], False, False),
+    ],
+)
+def test_early_stop_looks_at_the_last_rounds(scores, higher, stops):
+    rule = {"metric": "x", "patience": 2, "higher_is_better": higher}
+    run = SimpleNamespace(spec={"stop": rule})
+    assert controller.RoundController._should_stop(run, scores) == stops
+
+
+def test_a_runs_name_belongs_to_its_content(tmp_path):
+    path = tmp_path / "run.json"
+    first = fleet._run_id(path, {"name": "x", "seed": 1, "silos": ("a",)})
+    assert fleet._run_id(path, {"name": "x", "seed": 1, "silos": ["a"]}) == first
+    with pytest.raises(ValueError, match=r"'x' was started before .* \['seed'\]"):
+        fleet._run_id(path, {"name": "x", "seed": 2, "silos": ["a"]})
+
+
+def test_only_whole_events_are_read(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert fleet._new_events(path, 0) == ([], 0)
+    path.write_text('{"event": "a"}\n{"event": "b"')
+    events, seen = fleet._new_events(path, 0)
+    assert events == [{"event": "a"}] and seen == 15
+    assert fleet._new_events(path, seen) == ([], 15)
+    path.write_text('{"event": "a"}\n{"event": "b"}\n')
+    assert fleet._new_events(path, seen) == ([{"event": "b"}], 30)
