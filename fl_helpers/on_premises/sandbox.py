@@ -28,19 +28,26 @@ SYSTEM = [  # what Python and torch read of a Linux machine; nothing of a user
 ]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/shm"]
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITIES = 0x20080522  # version 3 of <linux/capability.h>
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system call numbers
 EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3  # <linux/landlock.h>
 FILE_RIGHTS = 0b111 | 1 << 14 | 1 << 15  # execute, write, read, truncate, ioctl
 
 
 @functools.cache
+def works(kind: str) -> bool:
+    """Whether "bubblewrap" or "landlock" can be used on this machine."""
+    if kind == "landlock":
+        return _landlock_version() >= 1
+    if not shutil.which("bwrap"):
+        return False
+    command = _bubblewrap(["/bin/true"], read=[], write=[])
+    return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+
+
 def available_sandbox() -> str:
-    """What this machine can do: "bubblewrap", "landlock" or "none"."""
-    if shutil.which("bwrap"):
-        command = _bubblewrap(["/bin/true"], read=[], write=[])
-        if subprocess.run(command, capture_output=True, timeout=10).returncode == 0:
-            return "bubblewrap"
-    return "landlock" if _landlock_version() >= 1 else "none"
+    """The best that this machine can do: "bubblewrap", "landlock" or "none"."""
+    return next((kind for kind in ("bubblewrap", "landlock") if works(kind)), "none")
 
 
 def sandboxed(
@@ -92,7 +99,7 @@ def _bubblewrap(
         line += ["--ro-bind", path, path]
     for path in write:
         line += ["--bind", path, path]
-    return [*line, "--chdir", os.getcwd() if write else "/", "--", *command]
+    return [*line, "--chdir", [*write, "/"][0], "--", *command]
 
 
 class _Ruleset(ctypes.Structure):
@@ -139,6 +146,10 @@ def restrict(*, read: Iterable[str], write: Iterable[str]) -> None:
         raise OSError(ctypes.get_errno(), "no_new_privs")
     _call(libc, RESTRICT_SELF, handle, 0)
     os.close(handle)
+    # Root could still read others' environments: give up all capabilities, for good.
+    none = (ctypes.c_uint32 * 6)()
+    if libc.capset((ctypes.c_uint32 * 2)(CAPABILITIES, 0), none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _call(libc: ctypes.CDLL, *arguments: object) -> int:

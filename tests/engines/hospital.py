@@ -84,6 +84,8 @@ def spoil(fault, update):
         time.sleep(float(fault.split()[1]))
     elif fault == "raise":
         raise RuntimeError("cannot read /archive/patient_4711.dcm")
+    elif fault.startswith("read"):
+        Path(fault.split(" ", 1)[1]).read_bytes()
     elif fault == "nan":
         value.fill_(torch.nan)
     elif fault == "shape":
