@@ -176,7 +176,7 @@ class Fleet:
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or it prints a lot
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-        logging.getLogger("nvflare").setLevel(logging.ERROR)
+        logging.getLogger("nvflare").setLevel(logging.CRITICAL)
         self._close_session()
         end, connected = time.monotonic() + self.ready, set()
         while not set(self.sites) <= connected:

@@ -1,18 +1,22 @@
 """A fleet of real processes: the simulation's bits, through faults and restarts."""
 
+import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 
 from fl_helpers import aggregation
-from fl_helpers.on_premises import gate
+from fl_helpers.on_premises import gate, provision
 from fl_helpers.on_premises.fleet import Fleet, FleetError, Run
+from fl_helpers.on_premises.fleet import _path as fleet_path
 from fl_helpers.simulation import run_rounds, silo_rng
 from fl_helpers.training import norm_entries, zero_variates
 
-from . import hospital
-from .conftest import METRICS
+from . import dishonest, hospital
+from .conftest import METRICS, wait_until
 
 pytestmark = pytest.mark.engines
 LIMIT = 90  # seconds that any run of these tests may take
@@ -20,9 +24,27 @@ LIMIT = 90  # seconds that any run of these tests may take
 
 @pytest.fixture(scope="module")
 def fleet(silos_yaml, params, tmp_path_factory):
-    with Fleet(silos_yaml, tmp_path_factory.mktemp("fleet"), ready=60) as fleet:
+    folder = tmp_path_factory.mktemp("fleet")
+    provision.provision(provision.read_silos(silos_yaml), folder)
+    fleet = Fleet(silos_yaml, folder, ready=60)
+    for who in ("server", *fleet.sites):
+        add_neighbour(fleet, who)
+    with fleet:
         agree(fleet, params)
         yield fleet
+
+
+def add_neighbour(fleet, who):
+    """A component of the tests in each process, and the file that it is in."""
+    (fleet.folder / "code").mkdir(exist_ok=True)
+    shutil.copy(dishonest.__file__, fleet.folder / "code")
+    path = fleet.kits / who / "local" / "resources.json"
+    resources = json.loads(path.read_text())
+    component = {"id": "neighbour", "path": "dishonest.Neighbour", "args": {}}
+    resources["components"].append(component)
+    path.write_text(json.dumps(resources))
+    if who == "Hospital-A":
+        (fleet.kits / who / "greet").write_text("Hospital-B Hospital-B.job server")
 
 
 def agree(fleet, params, keep_local=()):
@@ -147,18 +169,23 @@ def test_fedprox_and_fedadam_through_a_server_crash(fleet, silos, params):
     assert_same_bits(fleet.result(run), expected.params)
 
 
-def test_bad_updates_cost_one_hospital_one_round(fleet, silos, params, faults):
+def test_bad_updates_cost_one_hospital_one_round(
+    fleet, silos, params, faults, silos_yaml
+):
     plan = dict(enumerate(["", "raise", "nan", "shape", "lacks", "images", "metric"]))
+    if fleet.sandbox_kind != "none":
+        plan[7] = f"read {silos_yaml.parent / 'data/hospital_0/data.safetensors'}"
     faults("Hospital B", plan)
     run = new_run("refused", params, rounds=len(plan), quorum=2)
     events = play(fleet, run)
     refused = {e["round"]: e for e in of(events, "refused")}
-    assert sorted(refused) == [1, 2, 3, 4, 5, 6]
+    assert sorted(refused) == list(plan)[1:]
     assert {e["silo"] for e in refused.values()} == {"Hospital B"}
     assert max(e["seconds"] for e in of(events, "round_end")[1:]) < run.deadline / 2
     reasons = [e["reason"] for e in refused.values()]
     assert reasons[0] == "the site answered EXECUTION_EXCEPTION"
-    assert set(reasons[1:]) == {"the site answered TASK_RESULT_FILTER_ERROR"}
+    assert reasons[6:] in ([], [reasons[0]])  # another hospital's data: cannot be read
+    assert set(reasons[1:6]) == {"the site answered TASK_RESULT_FILTER_ERROR"}
     # The hospital's own ledger and log say what it was; the coordinator never learns.
     entries = fleet.ledger("Hospital B")
     said = [e["reason"] for e in entries if e["verdict"] == "refused"]
@@ -178,6 +205,29 @@ def test_bad_updates_cost_one_hospital_one_round(fleet, silos, params, faults):
             for s in present
         )
     assert_same_bits(fleet.result(run), state)
+
+
+def test_a_hospital_that_lies_costs_itself_only(fleet, silos, params):
+    """Its own gate is gone: the coordinator's checks have to do."""
+    path = fleet.kits / "Hospital-C" / "local" / "privacy.json"
+    honest = path.read_text()
+    path.write_text(honest.replace(fleet_path(gate.EgressGate), "dishonest.NoGate"))
+    lies = dishonest.NoGate.LIES
+    run = new_run("lies", params, rounds=len(lies), quorum=2, evaluate=False)
+    try:
+        events = play(fleet, run)
+    finally:
+        path.write_text(honest)
+    refused = [(e["silo"], e["round"]) for e in of(events, "refused")]
+    assert refused == [("Hospital C", r) for r in range(len(lies))]
+    reasons = dict(zip(lies, (e["reason"] for e in of(events, "refused")), strict=True))
+    for lie, text in {"nan": "NaN", "hash": "SHA-256", "text": "bytes"}.items():
+        assert text in reasons[lie], reasons
+    honest_run = replace(run, quorum=1)
+    assert_same_bits(fleet.result(run), simulate(honest_run, silos[:2]).params)
+    assert not (fleet.kits / "server/runs/lies/inbox").exists() or not any(
+        (fleet.kits / "server/runs/lies/inbox").iterdir()
+    )
 
 
 def test_straggler_is_left_out_and_asked_again(fleet, params, faults):
@@ -228,3 +278,29 @@ def test_second_fleet_in_the_folder_is_refused(fleet, silos_yaml):
     with pytest.raises(FleetError, match="another fleet runs"):
         Fleet(silos_yaml, fleet.folder).start()
     assert fleet.processes["server"].poll() is None
+
+
+def test_hospitals_cannot_talk_to_each_other(fleet):
+    """With the guards of both sides, and with the hospital's own alone."""
+    answers = fleet.kits / "Hospital-A" / "answers"
+    wait_until(answers.exists, 30, "Hospital A asked around")
+    check_neighbours(fleet, json.loads(answers.read_text()))
+    assert "HubGuard refused" in (fleet.logs / "server.log").read_text()
+    fleet.stop()
+    answers.unlink()
+    path = fleet.kits / "server" / "local" / "resources.json"
+    resources = json.loads(path.read_text())
+    without = [c for c in resources["components"] if c["id"] != "hub_guard"]
+    path.write_text(json.dumps(resources | {"components": without}))
+    fleet.start()
+    wait_until(answers.exists, 30, "Hospital A asked around")
+    check_neighbours(fleet, json.loads(answers.read_text()))
+    assert "SiteGuard refused" in (fleet.logs / "Hospital-B.log").read_text()
+
+
+def check_neighbours(fleet, answers):
+    assert answers.pop("server") == "ok"  # the control: to the server it works
+    assert (fleet.kits / "server" / "greeted_by").read_text() == "Hospital-A\n"
+    (fleet.kits / "server" / "greeted_by").unlink()
+    assert answers and "ok" not in answers.values()
+    assert not (fleet.kits / "Hospital-B" / "greeted_by").exists()

@@ -1,0 +1,20 @@
+"""A notebook's part in the tests: starts a fleet and a run, and is then ended."""
+
+import sys
+
+from fl_helpers.on_premises import gate
+from fl_helpers.on_premises.fleet import Fleet, Run
+
+from . import hospital
+from .conftest import METRICS
+
+if __name__ == "__main__":
+    silos_yaml, folder = sys.argv[1:]
+    params = hospital.new_model().state_dict()
+    run = Run("endless", params, rounds=10_000, seed=1, quorum=1, metrics=METRICS)
+    with Fleet(silos_yaml, folder) as fleet:
+        for site in fleet.sites:
+            gate.allow(fleet.kits / site, params, metrics=METRICS)
+        print("ready", flush=True)
+        for event in fleet.run(run):
+            print(event["event"], flush=True)

@@ -1,0 +1,79 @@
+"""Nothing is left running, whatever happens to whoever started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fl_helpers.on_premises import provision
+from fl_helpers.on_premises.fleet import MARK, Fleet, FleetError
+
+from .conftest import wait_until
+
+pytestmark = pytest.mark.engines
+ROOT = Path(__file__).parents[2]
+
+
+def marked(folder):
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(folder):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "int"])
+def test_nothing_is_left_when_the_driver_is_ended_during_a_run(
+    silos_yaml, tmp_path, number
+):
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "engines.driver", silos_yaml, tmp_path],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: driver.stdout.readline() == "update\n", 60, "first update")
+        assert len(marked(tmp_path)) >= 8  # server, three hospitals; a worker of each
+        driver.send_signal(number)
+        driver.communicate(timeout=15)
+    finally:
+        driver.kill()
+    assert driver.returncode != 0
+    wait_until(lambda: not marked(tmp_path), 15, "all processes end")
+
+
+def test_a_process_that_cannot_start_is_reported_at_once(silos_yaml, tmp_path):
+    federation = provision.read_silos(silos_yaml)
+    kits = provision.provision(federation, tmp_path)
+    (kits / "Hospital-B" / "local" / "resources.json").write_text("{")
+    started = time.monotonic()
+    with pytest.raises(
+        FleetError, match=r"(?s)Hospital-B ended.*last lines of"
+    ):
+        with Fleet(silos_yaml, tmp_path, ready=60):
+            pass
+    assert time.monotonic() - started < 30
+    assert not marked(tmp_path)
+
+
+def test_a_hospital_that_does_not_come_is_named(silos_yaml, tmp_path):
+    """Its kit is from another authority: the server does not let it in."""
+    federation = provision.read_silos(silos_yaml)
+    kits = provision.provision(federation, tmp_path / "one")
+    other = provision.provision(federation, tmp_path / "two")
+    for name in ("client.crt", "client.key"):
+        stolen = (other / "Hospital-B" / "startup" / name).read_bytes()
+        (kits / "Hospital-B" / "startup" / name).write_bytes(stolen)
+    with pytest.raises(FleetError, match=r"Hospital-A', 'Hospital-C'\] connected") as e:
+        with Fleet(silos_yaml, tmp_path / "one", ready=12):
+            pass
+    assert "Hospital-B.log" in str(e.value)
+    assert not marked(tmp_path / "one")
