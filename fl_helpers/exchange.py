@@ -66,7 +66,8 @@ class Limits:
     """What an update may be, beside having exactly the global model's entries.
 
     max_norm: L2 norm of the delta to the global model, over all floating entries
-    (BatchNorm statistics and SCAFFOLD's variates too); None is no limit.
+    (BatchNorm statistics and SCAFFOLD's variates too). None is no limit: values that
+    are finite but huge pass, and can overflow the average.
     metrics: names that may be reported. max_examples: the largest num_examples.
     max_bytes: of the safetensors file; None is what the global model's entries need,
     plus a header.
@@ -322,7 +323,7 @@ def _gate(
     try:
         yield passed
     except (ValueError, OSError, RuntimeError) as error:
-        reason = str(error)[:600]
+        reason = str(error)
         if ledger:
             ledger.add([{"what": what}], **head, verdict="refused", reason=reason)
         raise Refused(silo, reason) from error.__cause__
@@ -516,7 +517,10 @@ def _read_params(
     try:
         return load_safetensors(data)
     except Exception as error:  # whatever this version of the library raises
-        raise ValueError(f"{path.name} is not valid safetensors: {error}") from error
+        raise ValueError(
+            f"{path.name} is not valid safetensors: its data_offsets do not fit; write "
+            "it with write_update"  # the error itself may quote what was sent
+        ) from error
 
 
 def _read_file(path: Path, limit: int) -> bytes:

@@ -151,6 +151,28 @@ def test_an_update_arrives_bit_for_bit(tmp_path):
     ]
 
 
+def test_entries_lie_where_their_type_wants_them(tmp_path):
+    # By name, the boolean would come first and the integers at byte 1.
+    params = {"a": torch.tensor([True]), "b": torch.tensor([1, 2]), "c": torch.ones(1)}
+    path = write_model(tmp_path, params, round_index=0) / "model.safetensors"
+    header, _ = parts_of(path.read_bytes())
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    assert offsets == {"b": [0, 16], "c": [16, 20], "a": [20, 21]}
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_the_manifest_comes_last(tmp_path, monkeypatch):
+    order, replace_file = [], os.replace
+
+    def recorded(source, target):
+        order.append(Path(target).name)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", recorded)
+    sent(tmp_path)
+    assert order == ["update.safetensors", "manifest.json"]
+
+
 def test_the_same_update_makes_the_same_file(tmp_path):
     a, b = sent(tmp_path / "a"), sent(tmp_path / "b")
     for name in ("update.safetensors", "manifest.json"):
@@ -169,9 +191,15 @@ def test_a_model_arrives_and_can_be_used_without_this_project(tmp_path):
         read_model(folder, params, silo="other")
     with pytest.raises(Refused, match="must hold update.safetensors and manifest"):
         received(folder)
-    with pytest.raises(Refused, match="1 NaN or infinite"):
-        write_model(tmp_path / "bad", {"w": torch.tensor(math.nan)}, round_index=0)
+    bad = {**params, "0.bias": torch.full((4,), math.nan)}
+    with pytest.raises(Refused, match="'0.bias' has 4 NaN or infinite"):
+        write_model(tmp_path / "bad", bad, round_index=0)
     assert not (tmp_path / "bad").exists()
+    other = {"silo": "orchestrator", "num_examples": None, "metrics": None}
+    seal(folder, safetensors.torch.save(bad), **other)
+    (folder / "update.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(Refused, match="'orchestrator' sends: '0.bias' has 4 NaN"):
+        read_model(folder, params)
 
 
 def test_entries_may_share_memory_and_need_gradients(tmp_path):
@@ -340,6 +368,14 @@ def test_the_norm_is_that_of_the_whole_delta():
         check_update(moved, start, silo="clinic", limits=Limits(max_norm=4.999))
 
 
+def test_the_norm_may_be_larger_than_half_precision_can_say():
+    start = {"a": torch.tensor([-6e4]).half()}
+    moved = update(params={"a": -start["a"]})  # 120,000 apart; half ends at 65,504
+    check_update(moved, start, silo="clinic", limits=Limits(max_norm=120_000.0))
+    with pytest.raises(Refused, match="norm 120000, the limit is 119999;"):
+        check_update(moved, start, silo="clinic", limits=Limits(max_norm=119_999))
+
+
 @pytest.mark.parametrize("limit", [1e3, math.nan, -1.0])
 @pytest.mark.parametrize("dtype, huge", [(torch.float64, 1e300), (torch.float32, 3e38),
                                          (torch.float16, 6e4)])  # fmt: skip
@@ -372,6 +408,13 @@ def test_dtypes_that_cannot_be_averaged_do_not_cross(dtype, tmp_path):
     seal(tmp_path, safetensors.torch.save(odd))
     with pytest.raises(Refused, match="'w' is .*, expected .None"):
         received(tmp_path, expected=odd)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_without_a_shape_is_refused():
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(Refused, match="."):
+        check_update(update(**with_entry(w=ragged)), state(), silo="clinic")
 
 
 def test_limits_can_be_agreed_otherwise(tmp_path):
@@ -491,6 +534,7 @@ HEADERS = {
     "beyond": (lambda h: h["w"].update(data_offsets=[0, 2**62]), "not valid"),
     "negative": (lambda h: h["w"].update(data_offsets=[-24, 0]), "not valid"),
     "backwards": (lambda h: h["w"].update(data_offsets=[24, 0]), "not valid"),
+    "a text": (lambda h: h["w"].update(data_offsets="4711"), "its data_offsets do not"),
     "three": (lambda h: h["w"].update(data_offsets=[0, 8, 24]), "not valid"),
     "a list": (lambda h: [h], "header must be a JSON object, got a list"),
     "padded": (lambda h: json.dumps(h).encode() + b" " * 9999, "bytes, the limit is"),
@@ -761,6 +805,22 @@ def test_nothing_is_released_that_the_ledger_could_not_record(tmp_path):
     sent(tmp_path / "u")
     with pytest.raises(OSError, match="directory"):
         received(tmp_path / "u", ledger=ledger)
+
+
+def test_the_ledger_is_on_the_disk_before_anything_else(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recorded(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        fsync(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to tell which file was synced")
+    monkeypatch.setattr(os, "fsync", recorded)
+    write_update(
+        tmp_path / "u", update(), round_index=2, ledger=Ledger(tmp_path / "log")
+    )
+    assert synced == ["log", "update.safetensors.tmp", "manifest.json.tmp"]
 
 
 def test_a_torn_line_is_reported_and_spoils_no_other(tmp_path):
