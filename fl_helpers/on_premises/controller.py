@@ -7,7 +7,6 @@ order of the silos' names: the same bits as `simulation.run_rounds`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
@@ -33,15 +31,26 @@ from safetensors.torch import load_file, save_file
 from fl_helpers import aggregation, exchange
 from fl_helpers.on_premises.executor import INITIAL, end_with_parent
 from fl_helpers.on_premises.gate import pack, unpack
-from fl_helpers.simulation import Params
+from fl_helpers.simulation import Metrics, Params
 
 START_UP = 60  # seconds that the hospitals' workers may need before the first task
-Aggregate = Callable[[Iterable[Any]], Params]
+
+
+class NoQuorum(RuntimeError):
+    """Fewer valid updates than agreed: the round does not count."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came back for one task, by silo: updates, and reasons of refusals."""
+
+    updates: dict[str, exchange.ReceivedUpdate] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def make_aggregate(
     name: str, params: Params, trainable: list[str], options: dict[str, float]
-) -> Aggregate:
+) -> Callable[[Iterable[Any]], Params]:
     """`weighted_average`, or a new server rule by its name, such as "FedAdam"."""
     if name == "weighted_average":
         return aggregation.weighted_average
@@ -54,35 +63,36 @@ def make_aggregate(
     return rule(params, trainable, **options)
 
 
-class NoQuorum(RuntimeError):
-    """Fewer valid updates than agreed: the round does not count."""
-
-
-@dataclass
-class Answers:
-    """What came back for one task within its deadline; later answers find no place."""
-
-    updates: dict[str, exchange.ReceivedUpdate] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)  # silo: reason
-    bytes_down: int = 0
+def should_stop(scores: list[float], stop: dict[str, Any]) -> bool:
+    """Whether none of the last `stop["patience"]` scores is better than all before."""
+    patience = stop["patience"]
+    if len(scores) <= patience:
+        return False
+    best = max if stop.get("higher_is_better", True) else min
+    before = best(scores[:-patience])
+    return best(before, *scores[-patience:]) == before
 
 
 class RoundController(Controller):
-    """A run as `fleet.Run` describes it; `spec` has its fields, and the names of the
-    silos by site. Writes into `runs/<name>/` of the server's kit: `events.jsonl`,
-    `model_<r>/` (the global model after r rounds), `state.json`, `ledger.jsonl`."""
+    """A run as `fleet.Run` describes it; `spec` has its fields, and {site: silo}.
+
+    Writes into `runs/<name>/` of the server's kit: `events.jsonl`, `model_<r>/` (the
+    global model after r rounds), `final/`, `state.json`, `ledger.jsonl`.
+    """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(task_check_period=0.1)
-        torch.set_num_threads(1)
-        self.spec, self.silos = spec, spec["silos"]  # {site: silo}
-        self.lock = threading.Lock()  # results come in by several threads
+        torch.set_num_threads(1)  # the number of threads changes the last bits
+        self.spec, self.silos = spec, spec["silos"]
+        self.lock = threading.Lock()  # answers come in by several threads
         self.absent: set[str] = set()  # sites that did not answer when last asked
         self.heard: set[str] = set()  # sites that asked for work since
         self.started = 0.0  # when the last task went out
-        limits = {"max_norm": spec["max_norm"], "max_bytes": spec["max_bytes"]}
-        allowed = exchange.Limits().metrics | set(spec["metrics"])
-        self.limits = exchange.Limits(metrics=allowed, **limits)
+        self.limits = exchange.Limits(
+            max_bytes=spec["max_bytes"],
+            max_norm=spec["max_norm"],
+            metrics=exchange.Limits().metrics | set(spec["metrics"]),
+        )
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
@@ -92,13 +102,14 @@ class RoundController(Controller):
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
-        config = Path(workspace.get_app_config_dir(fl_ctx.get_job_id()))
-        self.result = Path(workspace.get_run_dir(fl_ctx.get_job_id())) / "final"
+        job, kept = fl_ctx.get_job_id(), set(self.spec["keep_local"])
+        initial = load_file(Path(workspace.get_app_config_dir(job)) / INITIAL)
+        names = [name for name in self.spec["names"] if name not in kept]
+        self.params = {name: initial[name] for name in names}
+        self.download = Path(workspace.get_run_dir(job)) / "final"
         self.folder = Path(workspace.get_root_dir()) / "runs" / self.spec["name"]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ledger = exchange.Ledger(self.folder / "ledger.jsonl")
-        self.initial = load_file(config / INITIAL)
-        self.initial = {name: self.initial[name] for name in self.spec["names"]}
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         pass
@@ -114,37 +125,30 @@ class RoundController(Controller):
 
     def _play(self) -> None:
         spec = self.spec
-        kept = set(spec["keep_local"])
-        self.params = {k: v for k, v in self.initial.items() if k not in kept}
         self.aggregate = make_aggregate(
             spec["aggregate"], self.params, spec["trainable"], spec["options"]
         )
-        state = self._resume() or {"run": spec["run"], "rounds_done": 0, "scores": []}
-        if state["rounds_done"] == 0:
-            exchange.write_model(self._model(0), self.params, round_index=0)
+        state = self._resume()
         self._event("start", round=state["rounds_done"], rounds=spec["rounds"])
         while state["rounds_done"] < spec["rounds"]:
             self._round(state["rounds_done"], state)
-            if self._should_stop(state["scores"]):
+            if spec["stop"] and should_stop(state["scores"], spec["stop"]):
                 self._event("stopped", round=state["rounds_done"] - 1)
                 break
+        done = state["rounds_done"]
         if spec["evaluate"]:
-            done = state["rounds_done"]
-            answers = self._ask("evaluate", done, self._present(done))
-            self._tested(done, answers, state)
-        final = self._model(state["rounds_done"])
-        for target in (self.folder / "final", self.result):  # also for download
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(final, target)
-        self._event("done", rounds=state["rounds_done"], sha256=_digest(self.params))
+            self._tested(done, self._ask("evaluate", done, self._present(done)), state)
+        for folder in (self.folder / "final", self.download):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(self._model(done), folder)
+        self._event("done", rounds=done)
 
     def _round(self, index: int, state: dict[str, Any]) -> None:
         """One round: the global model, the checkpoint and `state` move on together."""
-        started = time.monotonic()
         sites = self._present(index)
         self._event("round_start", round=index, silos=[self.silos[s] for s in sites])
         answers = self._ask("train", index, sites)
-        seconds = time.monotonic() - started
+        seconds = round(time.monotonic() - self.started, 3)
         missing = self._note_absent(index, sites, answers)
         self._tested(index, answers, state)
         if len(answers.updates) < self.spec["quorum"]:
@@ -161,21 +165,20 @@ class RoundController(Controller):
         self._event(
             "round_end",
             round=index,
-            seconds=round(seconds, 3),
+            seconds=seconds,
             silos=[u.silo for u in updates],
             refused=answers.refused,
             missing=missing,
-            bytes_down=len(sites) * answers.bytes_down,
+            bytes_down=len(sites) * self.bytes_down,
             bytes_up=sum(u.num_bytes for u in updates),
-            train={u.silo: _without_test(u.metrics) for u in updates},
-            sha256=_digest(self.params),
+            train={u.silo: _split(u.metrics)[0] for u in updates},
         )
 
     def _ask(self, task: str, index: int, sites: list[str]) -> Answers:
         """Send a task and wait until all have answered, or for the deadline."""
-        message = pack(self._model(index))
-        answers = Answers(bytes_down=len(message[exchange.MODEL]))
-        message["round"], message["evaluate"] = index, bool(self.spec["evaluate"])
+        message, answers = pack(self._model(index)), Answers()
+        self.bytes_down = len(message[exchange.MODEL])
+        message["round"], message["evaluate"] = index, self.spec["evaluate"]
         work = Task(
             name=task,
             data=message,
@@ -188,23 +191,21 @@ class RoundController(Controller):
         )
         if self.abort.triggered:
             raise RuntimeError("the run was aborted")
-        with self.lock:
-            return replace(
-                answers, updates=dict(answers.updates), refused=dict(answers.refused)
-            )
+        with self.lock:  # what comes later finds the task closed
+            return Answers(dict(answers.updates), dict(answers.refused))
 
     def _received(
         self, client_task: ClientTask, fl_ctx: FLContext, answers: Answers, index: int
     ) -> None:
         """Check one answer; a refusal is an event, not an error."""
-        silo = self.silos[client_task.client.name]
+        silo, message = self.silos[client_task.client.name], client_task.result
         passed = {"round": index, "silo": silo}
         passed["seconds"] = round(time.monotonic() - self.started, 3)
-        code = client_task.result.get_return_code()
         try:
-            if code != ReturnCode.OK:
+            if (code := message.get_return_code()) != ReturnCode.OK:
                 raise exchange.Refused(silo, f"the site answered {code}")
-            update = self._read(client_task.result, silo, index, client_task.task.name)
+            expected = self.params if client_task.task.name == "train" else {}
+            update = self._read(message, silo, index, expected)
         except Exception as error:  # whatever came: it costs this silo's update only
             reason = getattr(error, "reason", f"{type(error).__name__}: {error}")
             with self.lock:
@@ -213,16 +214,14 @@ class RoundController(Controller):
         else:
             with self.lock:
                 answers.updates[silo] = update
-            metrics = _without_test(update.metrics)
-            self._event("update", **passed, bytes=update.num_bytes, metrics=metrics)
-        finally:
-            client_task.result = None  # free the memory
+            train = _split(update.metrics)[0]
+            self._event("update", **passed, bytes=update.num_bytes, metrics=train)
+        client_task.result = None  # free the memory
 
     def _read(
-        self, message: Shareable, silo: str, index: int, task: str
+        self, message: Shareable, silo: str, index: int, expected: Params
     ) -> exchange.ReceivedUpdate:
-        expected = self.params if task == "train" else {}
-        folder = self.folder / "inbox" / hashlib.sha256(silo.encode()).hexdigest()[:16]
+        folder = self.folder / "inbox" / silo
         try:
             update = exchange.read_update(
                 unpack(message, folder, exchange.UPDATE),
@@ -237,19 +236,12 @@ class RoundController(Controller):
         # The model's own order: a rule may add up entries, and the order shows.
         return replace(update, params={k: update.params[k] for k in expected})
 
-    def process_result_of_unknown_task(
-        self,
-        client: Client,
-        task_name: str,
-        client_task_id: str,
-        result: Shareable,
-        fl_ctx: FLContext,
-    ) -> None:
+    def process_result_of_unknown_task(self, *_: Any, **__: Any) -> None:
         """An answer after the deadline is not used."""
 
     def _present(self, index: int) -> list[str]:
-        """Who is asked: all but those who did not answer and have not asked for work
-        since; a round waits for nobody twice."""
+        """Who is asked: not those who did not answer and have not asked for work since.
+        So a hospital costs the others at most one deadline."""
         for site in sorted(self.absent & self.heard):
             self._event("back", round=index, silo=self.silos[site])
         self.absent -= self.heard
@@ -266,29 +258,19 @@ class RoundController(Controller):
 
     def _tested(self, index: int, answers: Answers, state: dict[str, Any]) -> None:
         """Scores of the global model after `index` rounds; they come with the next."""
-        test = {
-            silo: {k[5:]: v for k, v in update.metrics.items() if k[:5] == "test_"}
-            for silo, update in sorted(answers.updates.items())
-        }
-        if not any(test.values()):
-            return
-        self._event("tested", rounds=index, test=test)
+        test = {k: _split(u.metrics)[1] for k, u in sorted(answers.updates.items())}
+        if any(test.values()):
+            self._event("tested", rounds=index, test=test)
         metric = (self.spec["stop"] or {}).get("metric")
         found = [scores[metric] for scores in test.values() if metric in scores]
         if found:
             state["scores"].append(sum(found) / len(found))
 
-    def _should_stop(self, scores: list[float]) -> bool:
-        """No better mean score within the last `patience` rounds."""
-        rule = self.spec["stop"]
-        if not rule or len(scores) <= rule["patience"]:
-            return False
-        sign = 1 if rule.get("higher_is_better", True) else -1
-        best = [sign * score for score in scores]
-        return max(best[-rule["patience"] :]) <= max(best[: -rule["patience"]])
-
     def _model(self, rounds_done: int) -> Path:
         return self.folder / f"model_{rounds_done:04d}"
+
+    def _memory(self, rounds_done: int) -> Path:
+        return self.folder / f"memory_{rounds_done:04d}.safetensors"
 
     def _save(self, state: dict[str, Any]) -> None:
         """Model and memory first, `state.json` last: it says which of them count."""
@@ -304,14 +286,12 @@ class RoundController(Controller):
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / "state.json")
 
-    def _memory(self, rounds_done: int) -> Path:
-        return self.folder / f"memory_{rounds_done:04d}.safetensors"
-
-    def _resume(self) -> dict[str, Any] | None:
-        """Go on from the last round that was saved; None for a new run."""
+    def _resume(self) -> dict[str, Any]:
+        """Go on from the last round that was saved, or begin."""
         path = self.folder / "state.json"
         if not path.exists():
-            return None
+            exchange.write_model(self._model(0), self.params, round_index=0)
+            return {"run": self.spec["run"], "rounds_done": 0, "scores": []}
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["run"] != self.spec["run"]:
             raise ValueError(f"{self.folder} belongs to another run; name it otherwise")
@@ -330,14 +310,7 @@ class RoundController(Controller):
             file.write(line + "\n")
 
 
-def _without_test(metrics: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if not k.startswith("test_")}
-
-
-def _digest(params: Params) -> str:
-    """SHA-256 over names and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        digest.update(name.encode())
-        digest.update(params[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _split(metrics: Metrics) -> tuple[Metrics, Metrics]:
+    """Metrics of the training, and of the global model on the silo's test set."""
+    test = {k[5:]: value for k, value in metrics.items() if k.startswith("test_")}
+    return {k: v for k, v in metrics.items() if not k.startswith("test_")}, test

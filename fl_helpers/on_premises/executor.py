@@ -102,7 +102,7 @@ class SiteExecutor(Executor):
         super().__init__()
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.run, self.seed, self.names = run, seed, names
-        self.keep_local, self.settings = frozenset(keep_local), settings
+        self.keep_local, self.settings = keep_local, settings
         self.guard = SiteGuard()
         self.client: Client | None = None
 
@@ -115,14 +115,12 @@ class SiteExecutor(Executor):
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal
     ) -> Shareable:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
-        config = workspace.get_app_config_dir(fl_ctx.get_job_id())
-        self.kit, self.config = Path(workspace.get_root_dir()), Path(config)
+        self.kit = Path(workspace.get_root_dir())
+        self.config = Path(workspace.get_app_config_dir(fl_ctx.get_job_id()))
         try:
             update = self._answer(task_name, shareable)
-        except (
-            Exception
-        ):  # its text may hold a patient's name: it stays in the log here
-            self.log_exception(fl_ctx, f"task {task_name!r} failed")
+        except Exception:  # its text may name a patient: it stays in the log here
+            self.logger.exception(f"task {task_name!r} failed")
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         result = make_reply(ReturnCode.OK)
         result["update"] = Unreleased(update, shareable["round"])
@@ -162,8 +160,6 @@ class SiteExecutor(Executor):
 
     def _own_entries(self, round_index: int) -> Params:
         """Entries that stay here, as they were before this round."""
-        if not self.keep_local:
-            return {}
         kept = [p for p in self._kept() if int(p.stem) < round_index]
         found = load_file(kept[-1] if kept else self.config / INITIAL)
         return {name: found[name] for name in self.keep_local}

@@ -20,7 +20,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from torch import Tensor
 
 from fl_helpers import exchange
-from fl_helpers.on_premises.site import read_site, write_json
+from fl_helpers.on_premises.site import read_site, write_local
 from fl_helpers.training import Update
 
 
@@ -46,7 +46,7 @@ def allow(
     }
     allowed = sorted(exchange.Limits().metrics | set(metrics))
     policy = {"entries": layout, "metrics": allowed, "max_bytes": max_bytes}
-    write_json(Path(kit) / "local" / "egress.json", policy)
+    write_local(kit, "egress.json", policy)
 
 
 def read_policy(kit: str | Path) -> tuple[dict[str, Tensor], exchange.Limits]:

@@ -14,11 +14,8 @@ from typing import Any
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
-from nvflare.fuel.f3.cellnet.defs import (
-    MessageHeaderKey,
-    MessagePropKey,
-    ReturnCode,
-)
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey as Header
+from nvflare.fuel.f3.cellnet.defs import MessagePropKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
 
@@ -32,18 +29,10 @@ def family(cell: Any) -> str:
     return str(cell or "").split(".")[0]
 
 
-def sender_of(message: Message) -> str:
-    """Participant at the other end of the connection that a message came in by.
-
-    This name was checked against the peer's certificate when it connected; the
-    message's own headers are only what the sender says.
-    """
-    endpoint = message.get_prop(MessagePropKey.ENDPOINT)
-    return family(endpoint.name if endpoint else "")
-
-
 class _Guard(FLComponent):
     """Installs `check` once, as soon as the process has a message layer."""
+
+    install_with = ""  # which of the message layer's methods takes the check
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,60 +40,49 @@ class _Guard(FLComponent):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in STARTS and not self.own:
-            self.install(fl_ctx.get_engine().get_cell())
+            self.install(fl_ctx.get_engine().get_cell().core_cell)
 
-    def install(self, cell: Any) -> None:
-        core = getattr(cell, "core_cell", cell)
+    def install(self, core: Any) -> None:
         self.own = family(core.get_fqcn())
-        self._register(core)
+        getattr(core, self.install_with)("*", "*", self.check)
 
-    def _register(self, core: Any) -> None:
-        raise NotImplementedError
-
-    def _refuse(self, message: Message) -> Message:
-        header = message.get_header
+    def check(self, message: Message) -> Message | None:
+        """A refusal, or None to let the message through."""
+        origin = family(message.get_header(Header.ORIGIN))
+        target = family(message.get_header(Header.DESTINATION))
+        # Who is at the other end of the connection was checked against its certificate
+        # when it connected; the message's own headers are only what the sender says.
+        endpoint = message.get_prop(MessagePropKey.ENDPOINT)
+        sender = family(endpoint.name if endpoint else "")
+        if self.allows(message, sender, origin, target):
+            return None
+        topic = (
+            f"{message.get_header(Header.CHANNEL)}/{message.get_header(Header.TOPIC)}"
+        )
         self.logger.warning(
-            f"{type(self).__name__} refused a message from {sender_of(message)!r}: "
-            f"{header(MessageHeaderKey.ORIGIN)} -> "
-            f"{header(MessageHeaderKey.DESTINATION)}, "
-            f"{header(MessageHeaderKey.CHANNEL)}/{header(MessageHeaderKey.TOPIC)}"
+            f"{type(self).__name__} refused {topic} of {sender!r}: {origin} -> {target}"
         )
         return make_reply(ReturnCode.UNAUTHENTICATED, "refused by guard")
+
+    def allows(self, message: Message, sender: str, origin: str, target: str) -> bool:
+        raise NotImplementedError
 
 
 class HubGuard(_Guard):
     """Server: a message comes from who it says, and starts or ends at the server."""
 
-    def _register(self, core: Any) -> None:
-        core.add_incoming_filter("*", "*", self.check)
+    install_with = "add_incoming_filter"
 
-    def check(self, message: Message) -> Message | None:
-        """A refusal, or None to let the message through."""
-        origin = family(message.get_header(MessageHeaderKey.ORIGIN))
-        target = family(message.get_header(MessageHeaderKey.DESTINATION))
-        if sender_of(message) not in (origin, SERVER):
-            return self._refuse(message)
-        if SERVER not in (origin, target):
-            return self._refuse(message)
-        return None
+    def allows(self, message: Message, sender: str, origin: str, target: str) -> bool:
+        return sender in (origin, SERVER) and SERVER in (origin, target)
 
 
 class SiteGuard(_Guard):
     """Hospital: act on requests of the server or of the hospital's own processes."""
 
-    def _register(self, core: Any) -> None:
-        core.add_incoming_request_filter("*", "*", self.check)
+    install_with = "add_incoming_request_filter"
 
-    def check(self, message: Message) -> Message | None:
-        """A refusal, or None to let the request through."""
-        origin = family(message.get_header(MessageHeaderKey.ORIGIN))
-        topics = {
-            message.get_header(MessageHeaderKey.TOPIC),
-            getattr(message.payload, "topic", None),  # of an admin request inside
-        }
-        trusted = (SERVER, self.own)
-        if origin not in trusted or sender_of(message) not in trusted:
-            return self._refuse(message)
-        if topics & REFUSED_TOPICS:
-            return self._refuse(message)
-        return None
+    def allows(self, message: Message, sender: str, origin: str, target: str) -> bool:
+        inner = getattr(message.payload, "topic", None)  # of an admin request
+        topics = {message.get_header(Header.TOPIC), inner}
+        return {origin, sender} <= {SERVER, self.own} and not topics & REFUSED_TOPICS

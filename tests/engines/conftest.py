@@ -62,7 +62,7 @@ def faults(silos_yaml):
 
     yield set_faults
     for path in written:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def wait_until(condition, seconds, what):

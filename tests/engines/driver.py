@@ -3,7 +3,8 @@
 import sys
 
 from fl_helpers.on_premises import gate
-from fl_helpers.on_premises.fleet import Fleet, Run
+from fl_helpers.on_premises.fleet import Fleet
+from fl_helpers.on_premises.runs import Run
 
 from . import hospital
 from .conftest import METRICS

@@ -23,7 +23,7 @@ from nvflare.fuel.f3.endpoint import Endpoint
 from nvflare.fuel.f3.message import Message
 
 from fl_helpers import aggregation, exchange
-from fl_helpers.on_premises import controller, executor, fleet, gate, provision, site
+from fl_helpers.on_premises import controller, executor, gate, provision, runs, site
 from fl_helpers.on_premises.guards import HubGuard, SiteGuard
 from fl_helpers.training import Update
 
@@ -35,21 +35,21 @@ EXAMPLE = Path(provision.__file__).with_name("silos.yaml")
 
 def test_the_example_file_is_valid():
     federation = provision.read_silos(EXAMPLE)
-    assert [silo.name for silo in federation.silos] == [
+    assert [site.silo for site in federation.sites] == [
         "Hospital A", "Hospital B", "Hospital C"
     ]  # fmt: skip
-    assert federation.silos[0].data == str(EXAMPLE.parent / "data/hospital_a")
+    assert federation.sites[0].data == str(EXAMPLE.parent / "data/hospital_a")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("server"), "server is missing"),
+        (lambda c: c.pop("server"), "server.host is missing"),
         (lambda c: c["server"].pop("port"), "server.port is missing"),
         (lambda c: c["silos"][1].pop("data"), r"silos\[1\].data is missing"),
         (lambda c: c.update(rounds=3), "rounds is not a known key"),
-        (lambda c: c.update(silos=[]), "silos must be a list with at least one"),
-        (lambda c: c.update(coordinator="me"), "coordinator must have the keys"),
+        (lambda c: c.update(silos=[]), r"silos\[0\].data is missing"),
+        (lambda c: c.update(coordinator="me"), "coordinator.admin is missing"),
         (lambda c: c["silos"][1].update(name="a/b"), r"silos\[1\].name must match"),
         (
             lambda c: c["silos"][1].update(name=7),
@@ -57,17 +57,19 @@ def test_the_example_file_is_valid():
         ),
         (
             lambda c: c["silos"][1].update(name="Hospital A"),
-            r"\[1\].name .* used twice",
+            r"silos\[1\].name .* used twice",
         ),
         (
             lambda c: c["silos"][1].update(name="Hospital-A"),
-            r"\[1\].name .* used twice",
+            r"silos\[1\].name .* used twice",
         ),
         (lambda c: c["silos"][0].update(name="server"), r"silos\[0\].name .* reserved"),
         (lambda c: c["server"].update(port=70000), "server.port must be 0 to 65535"),
+        (lambda c: c["server"].update(port=True), "server.port must match"),
+        (lambda c: c["silos"].append("me"), r"silos\[3\].data is missing"),
         (
             lambda c: c["server"].update(host="fl.org"),
-            "port 0 .* is for localhost only",
+            "server.port 0 .* for localhost only",
         ),
         (lambda c: c["coordinator"].update(admin="me"), "coordinator.admin must match"),
         (lambda c: c.update(client="hospital"), "client must match"),
@@ -108,18 +110,22 @@ def test_keys_are_private_and_the_authority_stays_away_from_the_kits(kits):
         assert path.is_dir() or secret not in path.read_text(), path
 
 
+def path_of(kind):
+    return f"{kind.__module__}.{kind.__name__}"
+
+
 def test_a_hospitals_policy(kits):
     local = kits / "Hospital-A" / "local"
     resources = json.loads((local / "resources.json").read_text())
     assert resources["class_list_enforcement_mode"] == "enforce"
-    assert resources["class_allow_list"] == [fleet._path(executor.SiteExecutor)]
+    assert resources["class_allow_list"] == [path_of(executor.SiteExecutor)]
     assert resources["allow_log_streaming"] is False
     rights = json.loads((local / "authorization.json").read_text())["permissions"]
     assert rights["project_admin"]["byoc"] == "none"
     assert rights["lead"] == {"view": "any"}
     scopes = json.loads((local / "privacy.json").read_text())
     gates = scopes["scopes"][0]["task_result_filters"]
-    assert [g["path"] for g in gates] == [fleet._path(gate.EgressGate)]
+    assert [g["path"] for g in gates] == [path_of(gate.EgressGate)]
     assert site.read_site(kits / "Hospital-A").silo == "Hospital A"
 
 
@@ -174,7 +180,7 @@ class Core:
 
 def installed(guard, name):
     core = Core(name)
-    guard.install(SimpleNamespace(core_cell=core))
+    guard.install(core)
     ((channel, topic, check),) = core.filters
     assert (channel, topic) == ("*", "*")
     return check
@@ -234,7 +240,8 @@ SENT = {name: STATE[name] for name in ("w", "n")}
 def kit(tmp_path):
     for name in ("startup", "local"):
         (tmp_path / name).mkdir()
-    site.harden_site(tmp_path, site.Site("Hospital A", "/data", "hospital:client"))
+    own = site.Site("Hospital A", "hospital_a", "/data", "hospital:client")
+    site.harden_site(tmp_path, own)
     gate.allow(tmp_path, STATE, keep_local=["own"], metrics=["test_loss"])
     return tmp_path
 
@@ -348,7 +355,7 @@ def test_unpack_takes_bytes_only(tmp_path):
 
 def worker(code, relaunches):
     command = [sys.executable, "-S", "-c", code]
-    return site._Worker(command, dict(os.environ), relaunches)
+    return site.Worker(command, dict(os.environ), relaunches)
 
 
 def test_a_worker_that_dies_is_started_again(tmp_path):
@@ -432,25 +439,26 @@ def test_an_aggregate_by_name():
     ],
 )
 def test_early_stop_looks_at_the_last_rounds(scores, higher, stops):
-    rule = {"metric": "x", "patience": 2, "higher_is_better": higher}
-    run = SimpleNamespace(spec={"stop": rule})
-    assert controller.RoundController._should_stop(run, scores) == stops
+    stop = {"metric": "x", "patience": 2, "higher_is_better": higher}
+    assert controller.should_stop(scores, stop) == stops
 
 
 def test_a_runs_name_belongs_to_its_content(tmp_path):
     path = tmp_path / "run.json"
-    first = fleet._run_id(path, {"name": "x", "seed": 1, "silos": ("a",)})
-    assert fleet._run_id(path, {"name": "x", "seed": 1, "silos": ["a"]}) == first
+    first = runs.run_id(path, {"name": "x", "seed": 1, "silos": ("a",)})
+    assert runs.run_id(path, {"name": "x", "seed": 1, "silos": ["a"]}) == first
+    more = {"name": "x", "seed": 1, "silos": ["a"], "rounds": 9}
+    assert runs.run_id(path, more) == first
     with pytest.raises(ValueError, match=r"'x' was started before .* \['seed'\]"):
-        fleet._run_id(path, {"name": "x", "seed": 2, "silos": ["a"]})
+        runs.run_id(path, {"name": "x", "seed": 2, "silos": ["a"]})
 
 
 def test_only_whole_events_are_read(tmp_path):
     path = tmp_path / "events.jsonl"
-    assert fleet._new_events(path, 0) == ([], 0)
+    assert runs.new_events(path, 0) == ([], 0)
     path.write_text('{"event": "a"}\n{"event": "b"')
-    events, seen = fleet._new_events(path, 0)
+    events, seen = runs.new_events(path, 0)
     assert events == [{"event": "a"}] and seen == 15
-    assert fleet._new_events(path, seen) == ([], 15)
+    assert runs.new_events(path, seen) == ([], 15)
     path.write_text('{"event": "a"}\n{"event": "b"}\n')
-    assert fleet._new_events(path, seen) == ([{"event": "b"}], 30)
+    assert runs.new_events(path, seen) == ([{"event": "b"}], 30)
