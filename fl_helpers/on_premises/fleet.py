@@ -58,6 +58,7 @@ class Fleet:
         self.since: dict[str, float] = {}  # when each process was started
         self.seconds: dict[str, float] = {}  # how long each step took
         self.session: Any = None
+        self.lock: Any = None
 
     def __enter__(self) -> Fleet:
         self.start()
@@ -99,7 +100,8 @@ class Fleet:
                     process.wait(timeout=3)
             self.sweep()
             self.processes.clear()
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
 
     def start_process(self, who: str) -> None:
         """Start, or start again, "server" or a site's process, confined to its kit and

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from fl_helpers import aggregation
-from fl_helpers.on_premises import gate, provision
+from fl_helpers.on_premises import gate, provision, runs
 from fl_helpers.on_premises.fleet import Fleet
 from fl_helpers.on_premises.runs import Run, RunError
 from fl_helpers.simulation import run_rounds, silo_rng
@@ -254,6 +254,28 @@ def test_a_dead_hospital_does_not_stop_the_others(fleet, params):
     again = play(fleet, new_run("alive", params, rounds=9, stop=stop))
     assert [len(e["silos"]) for e in of(again, "round_end")] == [3, 3]
     assert of(again, "stopped")[0]["round"] == 1
+
+
+def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
+    sites = fleet.sites.values()
+    run = new_run("other", params, rounds=1)
+    code = runs.write_job(run, tmp_path / "code", sites)
+    (code / "app" / "custom").mkdir()
+    (code / "app" / "custom" / "mine.py").write_text("print('hello')")
+    job = fleet.session.submit_job(str(code))
+    wait_until(lambda: runs._verdict(fleet.session, job), 30, "the server refuses it")
+    assert "FAILED_TO_RUN" in runs._verdict(fleet.session, job)
+    other = runs.write_job(run, tmp_path / "class", sites)
+    config = other / "app" / "config" / "config_fed_client.json"
+    stock = "nvflare.app_common.np.np_trainer.NPTrainer"
+    content = json.loads(config.read_text())
+    content["executors"][0]["executor"] = {"path": stock, "args": {}}
+    config.write_text(json.dumps(content))
+    job = fleet.session.submit_job(str(other))
+    for site in fleet.sites:
+        log, why = fleet.logs / f"{site}.log", f"{stock}' at config path"
+        wait_until(lambda: why in log.read_text(), 30, f"{site} refuses it")  # noqa: B023
+    fleet.session.abort_job(job)
 
 
 def test_every_process_listens_on_the_loopback_interface_only(fleet):

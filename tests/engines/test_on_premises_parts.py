@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobReturnCode
@@ -227,6 +228,20 @@ def test_site_guard(sender, origin, topic, inner, passes):
     payload = SimpleNamespace(topic=inner) if inner else None
     made = message(sender, origin, "B", topic, payload)
     assert (check(made) is None) == passes
+
+
+def test_the_worker_is_guarded_too(monkeypatch):
+    monkeypatch.setattr(executor, "end_with_parent", lambda: None)
+    threads = torch.get_num_threads()
+    worker, core = executor.SiteExecutor("id", 1, [], [], {}), Core("B.job")
+    torch.set_num_threads(threads)
+    engine = SimpleNamespace(get_cell=lambda: SimpleNamespace(core_cell=core))
+    context = SimpleNamespace(get_engine=lambda: engine)
+    for event in (EventType.START_RUN, EventType.START_RUN):  # installed once
+        worker.handle_event(event, context)
+    ((_, _, check),) = core.filters
+    assert check(message("server", "server.job", "B.job")) is None
+    assert check(message("A", "A.job", "B.job")) is not None
 
 
 # ---- the gate
