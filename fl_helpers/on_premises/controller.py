@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,10 @@ class Answers:
 
 
 def make_aggregate(
-    name: str, params: Params, trainable: list[str], options: dict[str, float]
+    name: str,
+    params: Params,
+    trainable: Collection[str],
+    options: Mapping[str, float],
 ) -> Callable[[Iterable[Any]], Params]:
     """`weighted_average`, or a new server rule by its name, such as "FedAdam"."""
     if name == "weighted_average":

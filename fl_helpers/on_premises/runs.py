@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from fl_helpers import exchange
-from fl_helpers.on_premises.controller import RoundController
+from fl_helpers.on_premises.controller import RoundController, make_aggregate
 from fl_helpers.on_premises.executor import INITIAL, SiteExecutor
 from fl_helpers.on_premises.site import Site
 from fl_helpers.simulation import Params
@@ -42,9 +43,10 @@ class Run:
     aggregate: "weighted_average", or a server rule with its options and trainable
     names. settings: plain numbers and texts for the hospitals' own function. evaluate:
     the silos test the global model before they train, and the last one. metrics: names
-    that may be reported, beside those of `exchange.Limits`; max_norm and max_bytes as
-    there. stop: {"metric": name, "patience": rounds}, "higher_is_better": False for a
-    loss; stop when the mean over silos no longer gets better.
+    that may be reported ("test_loss" if `evaluate` gives "loss"), beside those of
+    `exchange.Limits`; max_norm and max_bytes as there. stop: {"metric": name,
+    "patience": rounds}, "higher_is_better": False for a loss; stop when the mean over
+    silos no longer gets better.
     """
 
     name: str
@@ -63,6 +65,22 @@ class Run:
     stop: Mapping[str, Any] | None = None
     max_norm: float | None = None
     max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", self.name):
+            raise ValueError(
+                f"name must be letters, digits, _ and -, got {self.name!r}"
+            )
+        for key in ("rounds", "quorum", "deadline"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
+        unknown = sorted(set(self.keep_local) - self.params.keys())
+        if unknown:
+            raise ValueError(
+                f"keep_local names entries that params lacks: {unknown[:3]}"
+            )
+        make_aggregate(self.aggregate, self.params, self.trainable, self.options)
 
 
 def play(
@@ -121,6 +139,8 @@ def result(run: Run, server_kit: Path) -> Params:
 
 def write_job(run: Run, jobs: Path, sites: Collection[Site]) -> Path:
     """The run as the engine takes it: names, numbers, the initial model; no code."""
+    if run.quorum > len(sites):
+        raise ValueError(f"quorum {run.quorum}, but there are {len(sites)} hospitals")
     folder = jobs / run.name
     app = folder / "app" / "config"
     app.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 SYSTEM = [  # what Python and torch read of a Linux machine; nothing of a user
-    *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/opt", "/proc", "/sys"),
+    *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/proc", "/sys"),
     *("/etc/hosts", "/etc/nsswitch.conf", "/etc/passwd", "/etc/group", "/etc/ssl"),
     *("/etc/ld.so.cache", "/etc/localtime", "/etc/resolv.conf", "/etc/host.conf"),
     "/etc/mime.types",
 ]
-DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/shm"]
+DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CAPABILITIES = 0x20080522  # version 3 of <linux/capability.h>
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system call numbers

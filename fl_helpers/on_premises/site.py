@@ -54,9 +54,16 @@ def read_site(kit: str | Path) -> Site:
     return Site(**json.loads((Path(kit) / "local" / "site.json").read_text()))
 
 
-def harden_site(kit: str | Path, site: Site) -> None:
+def harden_site(
+    kit: str | Path, site: Site, *, admin_role: str = "project_admin"
+) -> None:
     """Write a hospital's settings and policy into its kit: no code from runs, one
-    executor, the gate (`gate.EgressGate`) and the guard."""
+    executor, the gate (`gate.EgressGate`) and the guard.
+
+    admin_role: in the certificate of the coordinator's administrator, who alone may
+    start runs; "lead" if it was made with `nvflare cert`. Raises ValueError for a role
+    that the engine does not know.
+    """
     manager = "nvflare.app_common.resource_managers.gpu_resource_manager"
     consumer = "nvflare.app_common.resource_consumers.gpu_resource_consumer"
     no_gpu = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0}
@@ -77,14 +84,15 @@ def harden_site(kit: str | Path, site: Site) -> None:
     scope = {"name": "federated_learning", "task_result_filters": [gate]}
     scopes = {"scopes": [scope], "default_scope": scope["name"]}
     write_local(kit, "resources.json", resources)
-    write_local(kit, "authorization.json", _authorization())
+    write_local(kit, "authorization.json", _authorization(admin_role))
     write_local(kit, "privacy.json", scopes)
     write_local(kit, "site.json", asdict(site))
 
 
-def harden_server(kit: str | Path) -> None:
+def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None:
     """Write the server's policy into its kit: our controller only, the guard, and
-    stores of its own (by default all servers of a machine share one)."""
+    stores of its own (by default all servers of a machine share one); admin_role as in
+    `harden_site`."""
     kit = Path(kit).resolve()
     resources = json.loads((kit / "local" / "resources.json.default").read_text())
     resources["class_allow_list"] = [f"{HERE}.controller.RoundController"]
@@ -96,7 +104,7 @@ def harden_server(kit: str | Path) -> None:
             component["args"]["uri_root"] = str(kit / "jobs")
     resources["components"] += [_component("hub_guard", f"{HERE}.guards.HubGuard")]
     write_local(kit, "resources.json", resources)
-    write_local(kit, "authorization.json", _authorization())
+    write_local(kit, "authorization.json", _authorization(admin_role))
 
 
 def write_local(kit: str | Path, name: str, content: Any) -> None:
@@ -109,12 +117,15 @@ def _component(id: str, path: str, args: Mapping[str, Any] | None = None) -> Any
     return {"id": id, "path": path, "args": args or {}}
 
 
-def _authorization() -> dict[str, Any]:
+def _authorization(admin_role: str) -> dict[str, Any]:
     """Only the coordinator's administrator acts; nobody brings code or a shell."""
-    roles = {role: {"view": "any"} for role in ("org_admin", "lead", "member")}
+    known = ("project_admin", "org_admin", "lead", "member")
+    if admin_role not in known:
+        raise ValueError(f"admin_role must be one of {known}, got {admin_role!r}")
+    roles = {role: {"view": "any"} for role in known}
     may = ("submit_job", "manage_job", "download_job", "view", "operate")
     never = ("byoc", "clone_job", "shell_commands")
-    roles["project_admin"] = dict.fromkeys(may, "any") | dict.fromkeys(never, "none")
+    roles[admin_role] = dict.fromkeys(may, "any") | dict.fromkeys(never, "none")
     return {"format_version": "1.0", "permissions": roles}
 
 

@@ -477,3 +477,26 @@ def test_only_whole_events_are_read(tmp_path):
     assert runs.new_events(path, seen) == ([], 15)
     path.write_text('{"event": "a"}\n{"event": "b"}\n')
     assert runs.new_events(path, seen) == ([{"event": "b"}], 30)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "../x"}, "name must be letters"),
+        ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),
+        ({"deadline": 2.5}, "deadline must be an integer >= 1, got 2.5"),
+        ({"keep_local": ["x"]}, r"params lacks: \['x'\]"),
+        ({"aggregate": "FedEx"}, "got 'FedEx'"),
+        ({"aggregate": "FedAdam", "trainable": ["x"]}, r"unknown: \['x'\]"),
+    ],
+)
+def test_a_run_is_checked_before_it_is_sent(change, message):
+    basis = dict(name="x", params=STATE, rounds=1, seed=1, quorum=2)
+    with pytest.raises(ValueError, match=message):
+        runs.Run(**basis | change)
+
+
+def test_a_quorum_that_cannot_be_reached(tmp_path, kit):
+    run = runs.Run("x", STATE, rounds=1, seed=1, quorum=2)
+    with pytest.raises(ValueError, match="quorum 2, but there are 1 hospitals"):
+        runs.write_job(run, tmp_path, [site.read_site(kit)])
