@@ -226,9 +226,9 @@ def firewall(network):
     """What `docs/on-premises.md` tells each side, or the same with routing rules."""
     if shutil.which("nft"):
         text = (ROOT / "docs" / "on-premises.md").read_text()
-        server, hospital = re.findall(r"```nft\n(.*?)```", text, re.DOTALL)
+        hospital_rules, server_rules = re.findall(r"```nft\n(.*?)```", text, re.DOTALL)
         for where, space in network.items():
-            rules = server if where == "server" else hospital
+            rules = server_rules if where == "server" else hospital_rules
             rules = re.sub(r"(define server = )\S+", rf"\g<1>{ADDRESS}", rules)
             rules = re.sub(r"(define hospitals = ).*", r"\g<1>{ 10.77.0.0/16 }", rules)
             load = inside(space, "nft", "-f", "-")
