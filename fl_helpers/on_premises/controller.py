@@ -29,7 +29,7 @@ from nvflare.apis.signal import Signal
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import aggregation, exchange
-from fl_helpers.on_premises.executor import INITIAL, end_with_parent
+from fl_helpers.on_premises.executor import CONFIG, INITIAL, end_with_parent
 from fl_helpers.on_premises.gate import pack, unpack
 from fl_helpers.simulation import Metrics, Params
 
@@ -106,7 +106,7 @@ class RoundController(Controller):
     def start_controller(self, fl_ctx: FLContext) -> None:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
         job, kept = fl_ctx.get_job_id(), set(self.spec["keep_local"])
-        initial = load_file(Path(workspace.get_app_config_dir(job)) / INITIAL)
+        initial = load_file(Path(workspace.get_app_dir(job)) / CONFIG / INITIAL)
         names = [name for name in self.spec["names"] if name not in kept]
         self.params = {name: initial[name] for name in names}
         self.download = Path(workspace.get_run_dir(job)) / "final"

@@ -34,6 +34,7 @@ from fl_helpers.on_premises.site import read_site
 from fl_helpers.simulation import ClientUpdate, Params, silo_rng
 from fl_helpers.training import Update
 
+CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL = "initial.safetensors"  # beside the run's configuration, at every site
 
 
@@ -116,7 +117,7 @@ class SiteExecutor(Executor):
     ) -> Shareable:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
         self.kit = Path(workspace.get_root_dir())
-        self.config = Path(workspace.get_app_config_dir(fl_ctx.get_job_id()))
+        self.config = Path(workspace.get_app_dir(fl_ctx.get_job_id())) / CONFIG
         try:
             update = self._answer(task_name, shareable)
         except Exception:  # its text may name a patient: it stays in the log here

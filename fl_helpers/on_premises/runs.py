@@ -105,7 +105,8 @@ def play(
     log = server_kit / "runs" / run.name / "events.jsonl"
     seen = log.stat().st_size if log.exists() else 0
     end, over = time.monotonic() + timeout, False
-    job, asked = session.submit_job(str(write_job(run, jobs, sites))), time.monotonic()
+    folder = write_job(run, jobs.resolve(), sites)  # else the engine looks elsewhere
+    job, asked = session.submit_job(str(folder)), time.monotonic()
     try:
         while not over:
             check()
