@@ -300,17 +300,13 @@ def processes(hardened, network, firewall, silos_yaml):
     (code / "fl_helpers").symlink_to(ROOT / "fl_helpers")
     started = {}
     for where, space in network.items():
-        kit, kind = hardened / where / "kit", "client" if "h" in where else "server"
-        name, _, organisation, _ = PARTICIPANTS[where]
-        read = [code]
-        if kind == "client":
+        kit, read = hardened / where / "kit", [code]
+        if where != "server":
             read += [read_site(kit).data, hospital.__file__]
-        command = [sys.executable, "-u", "-m"]
-        command += [f"nvflare.private.fed.app.{kind}.{kind}_train", "-m", str(kit)]
-        command += ["-s", f"fed_{kind}.json", "--set", "secure_train=true"]
-        command += ["config_folder=config", f"uid={name}", f"org={organisation}"]
+        command = [str(kit / "startup" / "sub_start.sh"), "--once"]
         (kit / "tmp").mkdir()
         own = {"HOME": str(kit), "TMPDIR": str(kit / "tmp"), "PYTHONPATH": str(code)}
+        own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         with (hardened / f"{where}.log").open("wb") as log:
             started[where] = subprocess.Popen(
                 inside(space, *sandbox.sandboxed(command, read=read, write=[kit])),
