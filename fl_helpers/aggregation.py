@@ -9,7 +9,7 @@ the round loop's business. Needs only torch: copy this file on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -343,6 +343,37 @@ class QFedAvg(ServerRule):
         names = [name for name in update.params if name in self.trainable]
         gaps = (self.params[k].double() - update.params[k].double() for k in names)
         return sum(gap.square().sum().item() for gap in gaps)
+
+
+SERVER_RULES: dict[str, type[ServerRule]] = {
+    rule.__name__: rule
+    for rule in (FedAvgM, FedAdagrad, FedAdam, FedYogi, FedNova, QFedAvg)
+}
+
+
+def make_aggregate(
+    name: str,
+    params: Mapping[str, Tensor],
+    trainable: Iterable[str] = (),
+    options: Mapping[str, float] | None = None,
+) -> Callable[[Iterable[UpdateLike]], Params]:
+    """`weighted_average`, or a new server rule, by name: for runs that bring no code.
+
+    params, trainable: as for a rule. options: its keyword arguments. Raises ValueError
+    for a name or an option that is not known.
+    """
+    options = dict(options or {})
+    if name == "weighted_average" and not options:
+        return weighted_average
+    if name not in SERVER_RULES:
+        raise ValueError(
+            f"aggregate must be weighted_average (without options) or one of "
+            f"{sorted(SERVER_RULES)}, got {name!r}"
+        )
+    try:
+        return SERVER_RULES[name](params, trainable, **options)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {options}: {error}") from None
 
 
 def update_cosines(

@@ -23,6 +23,7 @@ from fl_helpers.aggregation import (
     FedNova,
     FedYogi,
     QFedAvg,
+    make_aggregate,
     update_cosines,
     weighted_average,
 )
@@ -696,3 +697,15 @@ def test_the_experiment_is_complete_and_fair():
         assert seeds.min() == seeds.max() >= 5
         assert set(tested.seed).isdisjoint(tried.seed)
         assert tested.groupby(["strategy", "seed"]).size().eq(4).all()
+
+
+def test_an_aggregate_by_name():
+    params = {"w": torch.zeros(2)}
+    assert make_aggregate("weighted_average", params) is weighted_average
+    rule = make_aggregate("FedAdam", params, ["w"], {"lr": 0.5})
+    assert isinstance(rule, FedAdam) and rule.lr == 0.5
+    for name in ("math", "Iterable", "ServerRule", "FedOpt", "nothing"):
+        with pytest.raises(ValueError, match=f"got {name!r}"):
+            make_aggregate(name, params, ["w"])
+    with pytest.raises(ValueError, match="FedAdam does not take .*'speed'"):
+        make_aggregate("FedAdam", params, ["w"], {"speed": 1.0})

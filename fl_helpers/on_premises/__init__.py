@@ -2,8 +2,7 @@
 
 Read in this order: `provision` (who takes part, certificates, start-up kits), `site`
 (what a hospital enforces), `gate` (what it lets out), `guards` (nothing passes between
-hospitals), `sandbox` (a process sees one kit and one data folder), `executor` (trains
-at the hospital), `controller` (runs the rounds at the coordinator), `runs` (starts a
-run and listens), `fleet` (all of it on one machine, for a notebook). Copy the folder
-together with the files beside it.
+hospitals), `executor` (trains at the hospital), `controller` (runs the rounds at the
+coordinator), `runs` (starts a run and listens), `fleet` (all of it on one machine).
+Copy the folder together with the files beside it.
 """

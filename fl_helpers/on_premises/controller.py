@@ -12,7 +12,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,8 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from safetensors.torch import load_file, save_file
 
-from fl_helpers import aggregation, exchange
+from fl_helpers import exchange
+from fl_helpers.aggregation import make_aggregate
 from fl_helpers.on_premises.executor import CONFIG, INITIAL, end_with_parent
 from fl_helpers.on_premises.gate import pack, unpack
 from fl_helpers.simulation import Metrics, Params
@@ -46,24 +46,6 @@ class Answers:
 
     updates: dict[str, exchange.ReceivedUpdate] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-
-
-def make_aggregate(
-    name: str,
-    params: Params,
-    trainable: Collection[str],
-    options: Mapping[str, float],
-) -> Callable[[Iterable[Any]], Params]:
-    """`weighted_average`, or a new server rule by its name, such as "FedAdam"."""
-    if name == "weighted_average":
-        return aggregation.weighted_average
-    rule = getattr(aggregation, name, None)
-    if not (isinstance(rule, type) and issubclass(rule, aggregation.ServerRule)):
-        raise ValueError(
-            f"aggregate must be weighted_average or a rule of fl_helpers.aggregation, "
-            f"got {name!r}"
-        )
-    return rule(params, trainable, **options)
 
 
 def should_stop(scores: list[float], stop: dict[str, Any]) -> bool:

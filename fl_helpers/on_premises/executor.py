@@ -1,20 +1,17 @@
 """Trains at the hospital. Installed there: a run names this class, it brings no code.
 
 How the model is built and where the data are is the hospital's own setting
-(`local/site.json`): a function that returns a `Client`.
+(`local/site.json`): a function that returns a `client.Client`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +25,15 @@ from nvflare.apis.signal import Signal
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
+from fl_helpers.client import Client, load_client
 from fl_helpers.on_premises.gate import Unreleased, read_policy, unpack
 from fl_helpers.on_premises.guards import SiteGuard
 from fl_helpers.on_premises.site import read_site
-from fl_helpers.simulation import ClientUpdate, Params, silo_rng
+from fl_helpers.simulation import Params, silo_rng
 from fl_helpers.training import Update
 
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL = "initial.safetensors"  # beside the run's configuration, at every site
-
-
-@dataclass(frozen=True)
-class Client:
-    """What a hospital brings to a run: its silo, and what `run_rounds` would call.
-
-    update(params, silo, round_index=, rng=) -> Update; evaluate(params, silo) ->
-    metrics of the model on the silo's test set, or None.
-    """
-
-    silo: Any
-    update: ClientUpdate
-    evaluate: Callable[[Params, Any], Mapping[str, float]] | None = None
-
-
-def load_client(entry: str, data: str, settings: dict[str, Any]) -> Client:
-    """Call the hospital's function with the place of its data and the run's settings.
-
-    entry: "module:function" or "/path/to/file.py:function"; it is called as
-    function(data, settings), data a Path, settings plain numbers and texts, and
-    returns a `Client`.
-    """
-    place, _, name = entry.rpartition(":")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    client = getattr(module, name)(Path(data), settings)
-    if not isinstance(client, Client):
-        raise TypeError(f"{entry} must return a Client, got {type(client).__name__}")
-    return client
 
 
 def end_with_parent() -> None:

@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from fl_helpers import exchange
-from fl_helpers.on_premises import provision, runs, sandbox, site
+from fl_helpers import exchange, sandbox
+from fl_helpers.on_premises import provision, runs, site
 from fl_helpers.on_premises.runs import Run, RunError
 from fl_helpers.simulation import Params
 

@@ -25,15 +25,16 @@ from fl_helpers.on_premises.site import Site, harden_server, harden_site
 LOOPBACK = ("localhost", "127.0.0.1")
 SHAPES = {  # each key of the file, and what the certificates and the engine can take
     "project": r"[A-Za-z0-9][\w-]{0,40}",
-    "coordinator.organisation": r"\w{1,60}",
-    "coordinator.admin": r"[\w.%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}",
-    "server.host": r"[A-Za-z0-9]([A-Za-z0-9.-]{0,60}[A-Za-z0-9])?",
-    "server.port": r"\d{1,5}",
-    "client": r"[^:]+:[A-Za-z_]\w*",
     "silos[].name": r"[A-Za-z0-9][\w -]{0,60}",
-    "silos[].organisation": r"\w{1,60}",
-    "silos[].data": r".+",
+    "silos[].on_premises.organisation": r"\w{1,60}",
+    "silos[].on_premises.data": r".+",
+    "on_premises.organisation": r"\w{1,60}",
+    "on_premises.admin": r"[\w.%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}",
+    "on_premises.host": r"[A-Za-z0-9]([A-Za-z0-9.-]{0,60}[A-Za-z0-9])?",
+    "on_premises.port": r"\d{1,5}",
+    "on_premises.client": r"[^:]+:[A-Za-z_]\w*",
 }
+OTHERS = re.compile(r"(silos\[\d+\]\.)?azure_ml\b.*")  # another engine's sections
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,24 @@ def read_silos(path: str | Path) -> Federation:
     path, here = Path(path), Path(path).parent.resolve()
     try:
         found = dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        found = {k: v for k, v in found.items() if not OTHERS.fullmatch(k)}
         count = _check(found)
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} is not YAML: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-    client = found["client"]
+    client = found["on_premises.client"]
     if client.split(":")[0].endswith(".py"):
         client = str(here / client)
     sites = []
     for k in range(count):
-        silo = [found[f"silos[{k}].{key}"] for key in ("name", "organisation", "data")]
-        sites.append(Site(silo[0], silo[1], str(here / silo[2]), client))
-    return Federation(
-        found["project"],
-        found["coordinator.organisation"],
-        found["coordinator.admin"],
-        found["server.host"],
-        found["server.port"],
-        tuple(sites),
-    )
+        own = f"silos[{k}].on_premises."
+        place = str(here / found[f"{own}data"])
+        silo, owner = found[f"silos[{k}].name"], found[f"{own}organisation"]
+        sites.append(Site(silo, owner, place, client))
+    keys = ("organisation", "admin", "host", "port")
+    own = {key: found[f"on_premises.{key}"] for key in keys}
+    return Federation(project=found["project"], **own, sites=tuple(sites))
 
 
 def provision(federation: Federation, folder: str | Path) -> Path:
@@ -183,13 +182,14 @@ def _check(found: dict[str, Any]) -> int:
         if key not in wanted:
             raise ValueError(f"{key} is not a known key; known: {', '.join(SHAPES)}")
         shape = SHAPES[re.sub(r"\[\d+\]", "[]", key)]
-        kind = int if key == "server.port" else str
+        kind = int if key == "on_premises.port" else str
         if type(value) is not kind or not re.fullmatch(shape, str(value), re.ASCII):
             raise ValueError(f"{key} must match {shape}, got {value!r}")
-    if found["server.port"] > 65535:
-        raise ValueError(f"server.port must be 0 to 65535, got {found['server.port']}")
-    if found["server.port"] == 0 and found["server.host"] not in LOOPBACK:
-        raise ValueError("server.port 0 (any) is for localhost only; choose one")
+    host, port = found["on_premises.host"], found["on_premises.port"]
+    if port > 65535:
+        raise ValueError(f"on_premises.port must be 0 to 65535, got {port}")
+    if port == 0 and host not in LOOPBACK:
+        raise ValueError("on_premises.port 0 (any) is for localhost only; choose one")
     seen = ["server", "admin", "localhost"]
     for k in range(count):
         name = found[f"silos[{k}].name"]

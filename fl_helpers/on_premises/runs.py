@@ -20,7 +20,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from fl_helpers import exchange
-from fl_helpers.on_premises.controller import RoundController, make_aggregate
+from fl_helpers.aggregation import make_aggregate
+from fl_helpers.on_premises.controller import RoundController
 from fl_helpers.on_premises.executor import INITIAL, SiteExecutor
 from fl_helpers.on_premises.site import Site
 from fl_helpers.simulation import Params

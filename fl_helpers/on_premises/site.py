@@ -33,7 +33,7 @@ class Site:
 
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
-    "/path/to/file.py:function", see `executor.load_client`. relaunches: how often a
+    "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
     worker that died is started again within a run.
     """
 

@@ -12,9 +12,8 @@ SIZES = {"Hospital A": 40, "Hospital B": 24, "Hospital C": 32}
 METRICS = ("test_loss", "test_accuracy")
 SILOS_YAML = """\
 project: trial
-coordinator: {organisation: coordinator, admin: admin@coordinator.org}
-server: {host: localhost, port: 0}
-client: {client}
+on_premises: {organisation: coordinator, admin: admin@coordinator.org, host: localhost,
+              port: 0, client: "{client}"}
 silos:
 """
 
@@ -32,7 +31,8 @@ def silos_yaml(tmp_path_factory):
         x[y == 1] += 0.5
         save_file({"x": x, "y": y}, data / "data.safetensors")
         (data / "name").write_text(name)
-        text += f"  - {{name: {name}, organisation: h{number}, data: {data}}}\n"
+        own = f"{{organisation: h{number}, data: {data}}}"
+        text += f"  - {{name: {name}, on_premises: {own}}}\n"
     (folder / "silos.yaml").write_text(text)
     return folder / "silos.yaml"
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fl_helpers.client import Client
 from fl_helpers.training import ControlVariates, Update, evaluate, train_locally
 
 
@@ -62,8 +63,6 @@ def functions(settings):
 
 
 def client(data, settings):
-    from fl_helpers.on_premises.executor import Client
-
     update, test = functions(settings)
 
     def with_faults(params, silo, *, round_index, rng):

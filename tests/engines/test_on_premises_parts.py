@@ -23,12 +23,12 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey
 from nvflare.fuel.f3.endpoint import Endpoint
 from nvflare.fuel.f3.message import Message
 
-from fl_helpers import aggregation, exchange
+from fl_helpers import exchange
 from fl_helpers.on_premises import controller, executor, gate, provision, runs, site
 from fl_helpers.on_premises.guards import HubGuard, SiteGuard
 from fl_helpers.training import Update
 
-EXAMPLE = Path(provision.__file__).with_name("silos.yaml")
+EXAMPLE = Path(exchange.__file__).with_name("silos.yaml")
 
 
 # ---- silos.yaml and start-up kits
@@ -37,7 +37,7 @@ EXAMPLE = Path(provision.__file__).with_name("silos.yaml")
 def test_the_example_file_is_valid():
     federation = provision.read_silos(EXAMPLE)
     assert [site.silo for site in federation.sites] == [
-        "Hospital A", "Hospital B", "Hospital C"
+        "Hospital A", "Hospital B", "Hospital C", "Hospital D"
     ]  # fmt: skip
     assert federation.sites[0].data == str(EXAMPLE.parent / "data/hospital_a")
 
@@ -45,12 +45,15 @@ def test_the_example_file_is_valid():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("server"), "server.host is missing"),
-        (lambda c: c["server"].pop("port"), "server.port is missing"),
-        (lambda c: c["silos"][1].pop("data"), r"silos\[1\].data is missing"),
+        (lambda c: c.pop("on_premises"), "on_premises.admin is missing"),
+        (lambda c: c["on_premises"].pop("port"), "on_premises.port is missing"),
+        (
+            lambda c: c["silos"][1]["on_premises"].pop("data"),
+            r"silos\[1\].on_premises.data is missing",
+        ),
         (lambda c: c.update(rounds=3), "rounds is not a known key"),
-        (lambda c: c.update(silos=[]), r"silos\[0\].data is missing"),
-        (lambda c: c.update(coordinator="me"), "coordinator.admin is missing"),
+        (lambda c: c.update(silos=[]), r"silos\[0\].name is missing"),
+        (lambda c: c.update(on_premises="me"), "on_premises.admin is missing"),
         (lambda c: c["silos"][1].update(name="a/b"), r"silos\[1\].name must match"),
         (
             lambda c: c["silos"][1].update(name=7),
@@ -65,15 +68,21 @@ def test_the_example_file_is_valid():
             r"silos\[1\].name .* used twice",
         ),
         (lambda c: c["silos"][0].update(name="server"), r"silos\[0\].name .* reserved"),
-        (lambda c: c["server"].update(port=70000), "server.port must be 0 to 65535"),
-        (lambda c: c["server"].update(port=True), "server.port must match"),
-        (lambda c: c["silos"].append("me"), r"silos\[3\].data is missing"),
         (
-            lambda c: c["server"].update(host="fl.org"),
-            "server.port 0 .* for localhost only",
+            lambda c: c["on_premises"].update(port=70000),
+            "on_premises.port must be 0 to 65535",
         ),
-        (lambda c: c["coordinator"].update(admin="me"), "coordinator.admin must match"),
-        (lambda c: c.update(client="hospital"), "client must match"),
+        (lambda c: c["on_premises"].update(port=True), "on_premises.port must match"),
+        (lambda c: c["silos"].append("me"), r"silos\[4\].name is missing"),
+        (
+            lambda c: c["on_premises"].update(host="fl.org"),
+            "on_premises.port 0 .* for localhost only",
+        ),
+        (lambda c: c["on_premises"].update(admin="me"), "on_premises.admin must match"),
+        (
+            lambda c: c["on_premises"].update(client="hospital"),
+            "on_premises.client must match",
+        ),
     ],
 )
 def test_an_error_names_the_file_and_the_key(tmp_path, change, message):
@@ -97,7 +106,7 @@ def kits(tmp_path_factory):
 
 
 def test_keys_are_private_and_the_authority_stays_away_from_the_kits(kits):
-    names = ["server", "admin", "Hospital-A", "Hospital-B", "Hospital-C"]
+    names = ["server", "admin", *(f"Hospital-{k}" for k in "ABCD")]
     assert sorted(path.name for path in kits.iterdir()) == sorted(names)
     keys = list(kits.rglob("*.key"))
     assert len(keys) == len(names)
@@ -148,7 +157,7 @@ def test_kits_are_not_put_where_git_would_take_them(tmp_path):
 def test_another_port_reaches_every_kit(kits):
     provision.set_port(kits, 4711)
     texts = [p.read_text() for p in kits.glob("*/startup/fed_*.json")]
-    assert len(texts) == 5 and all("4711" in text for text in texts)
+    assert len(texts) == 6 and all("4711" in text for text in texts)
     assert not any("8002" in text for text in texts)
 
 
@@ -416,31 +425,6 @@ def test_a_process_ends_with_its_parent(tmp_path):
     started.wait()
     psutil.wait_procs([grandchild], timeout=10)
     assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
-
-
-def test_the_hospitals_function_is_loaded_by_file_or_by_module(tmp_path):
-    code = "from fl_helpers.on_premises.executor import Client\n"
-    code += "def make(data, settings): return Client((data, settings), None)\n"
-    code += "def other(data, settings): return 3\n"
-    (tmp_path / "mine.py").write_text(code)
-    entry = f"{tmp_path}/mine.py:make"
-    assert executor.load_client(entry, "/data", {"lr": 1}).silo == (
-        Path("/data"), {"lr": 1}
-    )  # fmt: skip
-    with pytest.raises(TypeError, match="must return a Client, got int"):
-        executor.load_client(f"{tmp_path}/mine.py:other", "/data", {})
-    with pytest.raises(ModuleNotFoundError):
-        executor.load_client("no_such_module:make", "/data", {})
-
-
-def test_an_aggregate_by_name():
-    average = controller.make_aggregate("weighted_average", STATE, [], {})
-    assert average is aggregation.weighted_average
-    rule = controller.make_aggregate("FedAdam", STATE, ["w"], {"lr": 0.5})
-    assert isinstance(rule, aggregation.FedAdam) and rule.lr == 0.5
-    for name in ("math", "Iterable", "_metric", "nothing"):
-        with pytest.raises(ValueError, match=f"got {name!r}"):
-            controller.make_aggregate(name, STATE, ["w"], {})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_helpers.on_premises import sandbox
+from fl_helpers import sandbox
 
 KINDS = ("bubblewrap", "landlock")
 
@@ -116,7 +116,7 @@ def test_the_program_ends_when_its_parent_is_killed(tmp_path, kind):
 
     code = f"""
 import subprocess, sys, time
-from fl_helpers.on_premises import sandbox
+from fl_helpers import sandbox
 child = [sys.executable, "-c", "import time; time.sleep(61.5)"]
 subprocess.Popen(sandbox.sandboxed(child, read=[], write=[{str(tmp_path)!r}],
                                    kind={kind!r}))
@@ -131,7 +131,7 @@ time.sleep(60)
             and p.info["cmdline"][1] == "-c"
         ]
 
-    from .conftest import wait_until
+    from engines.conftest import wait_until
 
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:

@@ -1,7 +1,7 @@
 """What a hospital brings to a run: its data, the model, how it trains. Adapt this file.
 
 It is installed at the hospital and named in its settings (`client:` in `silos.yaml`). A
-run sends plain settings, never code.
+run sends plain settings, never code. An example, so it imports the helpers beside it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fl_helpers.client import Client
 from fl_helpers.models import small_cnn
-from fl_helpers.on_premises.executor import Client
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import Params
 from fl_helpers.training import Update, cosine_lr, evaluate, train_locally

@@ -1,9 +1,10 @@
 """A process sees its own start-up kit and its own data folder, nothing else of ours.
 
-`python -m fl_helpers.on_premises.sandbox` is what a fleet starts: it ties the process
-to its parent, locks it in and becomes the real program. bubblewrap if it works, else
-Landlock (Linux >= 5.13, no privileges needed), else a loud warning. The network is not
-confined: firewalls do that. Standard library only: copy this file on its own.
+Run as a program (`python -m fl_helpers.sandbox`) it ties itself to the process that
+started it, locks itself in and becomes the real program: see `sandboxed`. bubblewrap if
+it works, else Landlock (Linux >= 5.13, no privileges needed), else a loud warning. The
+network is not confined: firewalls do that. Standard library only: copy this file on its
+own.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def sandboxed(
 
 
 def _package() -> Path:
-    """Folder of this package: a site's process must be able to import it."""
-    return Path(__file__).resolve().parent.parent
+    """Folder of this file: the confined process must be able to import it."""
+    return Path(__file__).resolve().parent
 
 
 def _bubblewrap(
