@@ -4,7 +4,7 @@ BIN := .venv/bin
 NB ?=
 ARGS ?=
 
-.PHONY: run lab test notebooks bench setup setup-dev format clean
+.PHONY: run lab test quick notebooks bench setup setup-dev format clean
 
 run: setup  ## execute the notebooks into runs/ and print the results
 	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
@@ -17,6 +17,9 @@ test: setup-dev  ## every check: format, lint, tests, notebooks with small param
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
+
+quick: setup-dev  ## the same, without notebooks and without real servers
+	$(MAKE) test ARGS="-m 'not notebooks and not engines' $(ARGS)"
 
 notebooks: setup-dev  ## rewrite the committed outputs of the notebooks
 	$(BIN)/python tools/notebooks.py refresh $(if $(NB),--only $(NB)) $(ARGS)

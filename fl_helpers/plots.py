@@ -1,4 +1,4 @@
-"""The notebooks' figures: images, label mix, heat map, curves and comparisons.
+"""The notebooks' figures: images, label mix, heat map, curves, comparisons, time line.
 
 Each function draws one figure and returns it; colours can be told apart by colour-blind
 readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its own.
@@ -6,7 +6,7 @@ readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -173,5 +173,35 @@ def plot_comparison(
             axis.axhspan(i - 0.5, i + 0.5, color="0.96", zorder=0)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def plot_timeline(
+    spans: Iterable[tuple[str, float, float, str]],
+    *,
+    marks: Mapping[float, str] | None = None,
+    xlabel: str = "seconds",
+) -> Figure:
+    """Draw who did what when: one line per name, a bar from start to end per span.
+
+    spans: (name, start, end, kind), a colour per kind, lines in sorted order; marks:
+    {time: text}, vertical lines with a text above.
+    """
+    spans, marks = list(spans), marks or {}
+    names = sorted({name for name, *_ in spans})
+    kinds = list(dict.fromkeys(kind for *_, kind in spans))
+    fig, axis = plt.subplots(figsize=(7.5, 1.3 + 0.38 * len(names)))
+    for color, kind in zip(COLORS, kinds, strict=False):
+        label = kind  # of its first bar only
+        for name, start, end, _ in (span for span in spans if span[3] == kind):
+            y = names.index(name)
+            axis.barh(y, end - start, 0.62, start, color=color, ec="w", label=label)
+            label = None
+    for time, text in marks.items():
+        axis.axvline(time, color="0.35", lw=1, ls=":")
+        axis.text(time, -0.65, f" {text}", fontsize=9)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig

@@ -97,7 +97,7 @@ def _bubblewrap(
             line += ["--ro-bind-try", path, path]
     line += ["--proc", "/proc", "--tmpfs", "/tmp"]
     for path in read:
-        line += ["--ro-bind", path, path]
+        line += ["--ro-bind-try", path, path]
     for path in write:
         line += ["--bind", path, path]
     return [*line, "--chdir", [*write, "/"][0], "--", *command]

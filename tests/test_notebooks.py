@@ -24,6 +24,7 @@ SMOKE = {
         "SEEDS": [0],
     },
     "04_when_hospitals_differ": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
+    "07_cross_silo_on_your_machines": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
 }
 
 
@@ -56,6 +57,9 @@ def check_smoke(name, results):
         assert results["Centralized"] > 40  # chance: 33.3
         assert results["FedBN"] != results["FedAvg"]
         assert results["start_with"]["heart: by site"] == "Local bias"
+    if name.startswith("07"):
+        assert results["same_bits"] is True and results["refused"] == 4
+        assert results["processes_left"] == 0
 
 
 @pytest.mark.notebooks
@@ -100,6 +104,9 @@ def test_the_committed_notebooks_tell_the_story():
     assert third["centralized"] > 80 and third["local"] > 60
     assert third["largest_difference"] < 1e-5
     assert recorded["02"]["largest_difference_to_pooled"] < 1e-7
+    seventh = recorded["07"]
+    assert seventh["same_bits"] and seventh["balanced_accuracy"] > 75
+    assert seventh["refused"] == 4 and seventh["processes_left"] == 0
     fourth = recorded["04"]
     assert max(fourth["drift"]["different"]) < min(fourth["drift"]["alike"])  # 3 seeds
     assert fourth["Own statistics"] > fourth["FedAvg"] + 5

@@ -189,7 +189,8 @@ class RoundController(Controller):
         try:
             if (code := message.get_return_code()) != ReturnCode.OK:
                 raise exchange.Refused(silo, f"the site answered {code}")
-            expected = self.params if client_task.task.name == "train" else {}
+            trains = client_task.task.name == "train"
+            expected = self.params if trains else {}
             update = self._read(message, silo, index, expected)
         except Exception as error:  # whatever came: it costs this silo's update only
             reason = getattr(error, "reason", f"{type(error).__name__}: {error}")
@@ -199,8 +200,9 @@ class RoundController(Controller):
         else:
             with self.lock:
                 answers.updates[silo] = update
-            train = _split(update.metrics)[0]
-            self._event("update", **passed, bytes=update.num_bytes, metrics=train)
+            if trains:
+                passed |= {"bytes": update.num_bytes}
+                self._event("update", **passed, metrics=_split(update.metrics)[0])
         client_task.result = None  # free the memory
 
     def _read(

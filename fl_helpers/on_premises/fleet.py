@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import logging
 import os
 import subprocess
@@ -26,6 +25,10 @@ from fl_helpers import exchange, sandbox
 from fl_helpers.on_premises import provision, runs, site
 from fl_helpers.on_premises.runs import Run, RunError
 from fl_helpers.simulation import Params
+
+if sys.platform == "win32":
+    raise ImportError("a fleet needs Linux, best with Landlock; on Windows use WSL2")
+import fcntl  # noqa: E402 - not on Windows
 
 MARK = "FL_FLEET"  # environment variable of all processes: the fleet's folder
 
