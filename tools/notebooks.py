@@ -173,7 +173,8 @@ def refresh(path: Path, parameters: dict[str, Any]) -> None:
 
 def is_progress(output: Any) -> bool:
     """Whether an output is only what a progress bar leaves behind."""
-    return output.output_type == "stream" and "\r" in output.text
+    text = output.get("text", "")
+    return output.output_type == "stream" and ("\r" in text or not text.strip())
 
 
 if __name__ == "__main__":
