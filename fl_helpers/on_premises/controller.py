@@ -105,6 +105,7 @@ class RoundController(Controller):
             self._play()
         except Exception as error:
             kind = "no_quorum" if isinstance(error, NoQuorum) else "failed"
+            kind = "aborted" if self.abort.triggered else kind
             self._event(kind, reason=str(error))
             self.system_panic(str(error), fl_ctx)
 

@@ -93,36 +93,66 @@ def play(
     jobs: Path,
     check: Callable[[], None] = lambda: None,
     timeout: float = 3600,
+    restarts: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """Start a run and yield its events until it is over; the last one is "done".
 
     session: of NVFlare's `new_secure_session`. sites: who is asked. jobs: a folder for
     what the engine is told. check: called again and again; raises if it should end.
-    Events: start, round_start, update, refused, missing, back, tested, round_end,
-    stopped, done; each a dict with "event", "time" and what belongs to it. Raises
-    RunError if the run fails, or after `timeout` seconds. Closing the iterator, or an
-    interrupt, aborts the run.
+    restarts: how often a run goes on from its last round after the engine gave it up,
+    as it does when one hospital reports a failure. Events: start, round_start, update,
+    refused, missing, back, tested, round_end, restart, stopped, done; each a dict with
+    "event", "time" and what belongs to it. Raises RunError if the run fails, or after
+    `timeout` seconds. Closing the iterator, or an interrupt, aborts the run.
     """
     log = server_kit / "runs" / run.name / "events.jsonl"
-    seen = log.stat().st_size if log.exists() else 0
-    end, over = time.monotonic() + timeout, False
     folder = write_job(run, jobs.resolve(), sites)  # else the engine looks elsewhere
+    end = time.monotonic() + timeout
+    for left in reversed(range(restarts + 1)):
+        try:
+            yield from _play_once(run, session, folder, log, check, end)
+            return
+        except _GivenUp as error:
+            if not left:
+                raise RunError(
+                    f"run {run.name!r} ended {restarts + 1} times, as {error}; the "
+                    "server's log says which hospital reported a failure"
+                ) from None
+            yield {"event": "restart", "time": time.time(), "reason": str(error)}
+
+
+class _GivenUp(Exception):
+    """The engine ended a run that had begun, and our controller had no say in it."""
+
+
+def _play_once(
+    run: Run,
+    session: Any,
+    folder: Path,
+    log: Path,
+    check: Callable[[], None],
+    end: float,
+) -> Iterator[dict[str, Any]]:
+    seen = log.stat().st_size if log.exists() else 0
+    over, begun = False, False
     job, asked = session.submit_job(str(folder)), time.monotonic()
     try:
         while not over:
             check()
             if time.monotonic() > end:
-                raise RunError(f"run {run.name!r} took more than {timeout} s")
+                raise RunError(f"run {run.name!r} is not over in the time it was given")
             verdict = ""
             if time.monotonic() - asked > 2:  # before the events: they come first
                 asked, verdict = time.monotonic(), _verdict(session, job)
             events, seen = new_events(log, seen)
             for event in events:
-                over = event["event"] in LAST
+                over, begun = event["event"] in LAST, True
                 yield event
                 if over and event["event"] != "done":
                     raise RunError(f"run {run.name!r}: {event['reason']}")
-            if verdict and not events:  # it could not even start
+            if verdict and not events:
+                if begun and "ABORTED" not in verdict:  # that was somebody's wish
+                    raise _GivenUp(verdict)
                 raise RunError(f"run {run.name!r} ended as {verdict}")
             time.sleep(0.05)
     finally:

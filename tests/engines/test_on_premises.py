@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from nvflare.app_common.job_launcher.client_process_launcher import (
+    ClientProcessJobLauncher,
+)
 
 from fl_helpers import aggregation
 from fl_helpers.on_premises import gate, provision, runs
 from fl_helpers.on_premises.fleet import Fleet
 from fl_helpers.on_premises.runs import Run, RunError
+from fl_helpers.on_premises.site import RelaunchLauncher
 from fl_helpers.simulation import run_rounds, silo_rng
 from fl_helpers.training import norm_entries, zero_variates
 
@@ -254,6 +258,34 @@ def test_a_dead_hospital_does_not_stop_the_others(fleet, params):
     again = play(fleet, new_run("alive", params, rounds=9, stop=stop))
     assert [len(e["silos"]) for e in of(again, "round_end")] == [3, 3]
     assert of(again, "stopped")[0]["round"] == 1
+
+
+def test_a_run_that_the_engine_gave_up_goes_on(fleet, silos, params):
+    """Without our launcher, a hospital's dead worker ends the run of all hospitals."""
+    path = fleet.kits / "Hospital-B" / "local" / "resources.json"
+    before = path.read_text()
+    stock = ClientProcessJobLauncher
+    ours = f"{RelaunchLauncher.__module__}.{RelaunchLauncher.__name__}"
+    assert ours in before
+    path.write_text(before.replace(ours, f"{stock.__module__}.{stock.__name__}"))
+    restart(fleet, "Hospital-B")
+    run, events = new_run("given_up", params), []
+    for event in fleet.run(run, timeout=LIMIT):
+        events.append(event)
+        if event["event"] == "round_end" and event["round"] == 0:
+            kill(fleet, "Hospital-B", "worker_process")
+    assert [e["event"] for e in events].count("restart") == 1
+    assert "EXECUTION_EXCEPTION" in of(events, "restart")[0]["reason"]
+    assert_same_bits(fleet.result(run), simulate(run, silos).params)
+    path.write_text(before)
+    restart(fleet, "Hospital-B")
+
+
+def restart(fleet, who):
+    fleet.processes[who].kill()
+    fleet.processes[who].wait(10)
+    fleet.start_process(who)
+    fleet.wait_ready()
 
 
 def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
