@@ -4,7 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
+
+# How fast examples are made depends on what else the machine does.
+CALM = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("calm", deadline=None, suppress_health_check=CALM)
+settings.load_profile("calm")
 
 
 @pytest.fixture(autouse=True)

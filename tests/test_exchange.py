@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import batchnorm_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_helpers import exchange
@@ -216,7 +216,6 @@ ENTRIES = st.tuples(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     layout=st.dictionaries(NAMES.filter(lambda n: n != "__metadata__"), ENTRIES),
     silo=NAMES,
@@ -979,11 +978,7 @@ ENTRY = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(-1, 80), max_size=3) | JSON_VALUES,
     }
 )
-same_folder = settings(
-    deadline=None,
-    max_examples=400,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+same_folder = settings(max_examples=400)
 
 
 @same_folder

@@ -98,10 +98,13 @@ class Fleet:
             self._close_session()
             for process in self.processes.values():
                 process.terminate()
+            end = time.monotonic() + 3  # for all together; then they are killed
             for process in self.processes.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=3)
+                    process.wait(timeout=max(0.0, end - time.monotonic()))
             self.sweep()
+            for process in self.processes.values():
+                process.wait(timeout=3)
             self.processes.clear()
         if self.lock:
             self.lock.close()
