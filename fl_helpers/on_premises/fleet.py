@@ -104,7 +104,7 @@ class Fleet:
                     process.wait(timeout=max(0.0, end - time.monotonic()))
             self.sweep()
             for process in self.processes.values():
-                process.wait(timeout=3)
+                process.poll()  # so that none stays behind as a zombie
             self.processes.clear()
         if self.lock:
             self.lock.close()
