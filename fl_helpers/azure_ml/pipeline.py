@@ -250,9 +250,7 @@ class _Builder:
         node = self.components[kind](**inputs)
         node.name, node.compute = name, self.federation.orchestrator.compute
         if self.federation.orchestrator.instance_type:
-            node.set_resources(
-                instance_type=self.federation.orchestrator.instance_type
-            )
+            node.set_resources(instance_type=self.federation.orchestrator.instance_type)
         return node
 
     def write(self, node: Any, output: str, path: str) -> None:
@@ -292,7 +290,10 @@ def _components(
     next_model = ["next_model", *(["next_memory"] if remember else [])]
     found = {  # kind: (inputs, outputs)
         "initial": ({}, [*next_model, *kept]),
-        "train": (in_silo | {"seed": "integer"}, ["model_update", "private", *next_kept]),
+        "train": (
+            in_silo | {"seed": "integer"},
+            ["model_update", "private", *next_kept],
+        ),
         "aggregate": (gather | {"model": folder, **memory}, [*next_model, "report"]),
         "evaluate": (in_silo, ["scores", "private"]),
         "collect": (gather, ["report"]),
