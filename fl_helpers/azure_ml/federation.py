@@ -1,7 +1,7 @@
 """Who takes part, and where each keeps its data: the Azure ML part of `silos.yaml`.
 
 Each party, the orchestrator and every silo, has a compute and a datastore that nobody
-else has. Where a run puts what is fixed here, too, so that rights can be given by folder.
+else has. Where a run puts what is fixed here, so that rights can be given by folder.
 """
 
 from __future__ import annotations
@@ -101,9 +101,13 @@ class Federation:
         """The orchestrator and all silos."""
         return (self.orchestrator, *self.silos)
 
-    def silo(self, name: str) -> Party:
-        """One silo by name or key; KeyError if there is none."""
-        return {s.name: s for s in self.silos} | {s.key: s for s in self.silos}[name]
+    def owner(self, *, compute: str = "", datastore: str = "") -> Party | None:
+        """Whose a compute or a datastore is; None if it is nobody's."""
+        for party in self.parties:
+            if compute == party.compute or datastore == party.datastore:
+                return party
+        boxes = {silo.outbox for silo in self.silos}
+        return self.orchestrator if datastore in boxes else None
 
     def only(self, names: Collection[str]) -> Federation:
         """The same federation with some of the silos, by name: for a quorum."""

@@ -2,29 +2,36 @@
 
 Built with `azure-ai-ml`, without a workspace or network. Every job is pinned to the
 compute of one party, every output to a folder of one datastore (`federation.place`).
-Check the plan before you send it: `plan.check_plan`.
+Check the plan before it is sent: `plan.check_plan`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from azure.ai.ml import Input, Output, command, dsl
+from azure.ai.ml.entities import Environment, PipelineJob
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fl_helpers.aggregation import SERVER_RULES, make_aggregate
 from fl_helpers.azure_ml.federation import Federation, Party, place
 
-HERE = Path(__file__).resolve().parent
+logging.getLogger("azure.ai.ml").setLevel("ERROR")  # notes on experimental classes
+
+JOBS = Path(__file__).resolve().parent / "jobs"
 IMAGE = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:20260715.v1"
-IN_SILO = ("train", "evaluate", "prepare")
-AT_ORCHESTRATOR = ("initial", "aggregate", "collect")
+SCRIPTS = {
+    "silo": ("prepare", "train", "evaluate"),
+    "orchestrator": ("initial", "aggregate", "collect"),
+}
 
 
 def build_pipeline(
@@ -37,6 +44,7 @@ def build_pipeline(
     seed: int,
     settings: Mapping[str, float | str] | None = None,
     client: str | None = None,
+    prepare: str = "",
     aggregate: str = "weighted_average",
     options: Mapping[str, float] | None = None,
     trainable: Collection[str] = (),
@@ -45,23 +53,24 @@ def build_pipeline(
     final: bool = True,
     max_norm: float | None = None,
     warm_start: tuple[str, int] | None = None,
-) -> Any:
-    """Build the jobs of a run; returns a `PipelineJob` of azure-ai-ml.
+) -> PipelineJob:
+    """Build the jobs of a run. Build anew for each use: submitting changes them.
 
-    params: initial model state, not modified. folder: where the code snapshots are
-    written, `folder/code/`; keep it until the job is submitted. run: its name, of a new
-    one each time: what jobs write must not be there before. rounds, seed, keep_local: as
-    in `simulation.run_rounds`. client, settings: see `client.load_client`; None takes
-    the federation's. aggregate: "weighted_average", or a server rule with its options
-    and trainable names. evaluate: the silos test the model before they train, and
-    `final`, the last one; False for a graph that others follow. max_norm: as in
-    `exchange.Limits`.
+    params: initial model state, not modified. folder: gets the code snapshots, `code/`;
+    keep it until the job is submitted. run: its name, a new one for each graph: jobs
+    write where nothing is yet. rounds, seed, keep_local: as in `simulation.run_rounds`.
+    client, settings: see `client.load_client`; None takes the federation's. prepare: a
+    function in the same form, called once in each silo as function(data, target,
+    settings); it writes into the folder target what the client then gets as data.
+    aggregate: "weighted_average", or a server rule, its options and trainable names.
+    evaluate: the silos test the model before they train and, if `final`, the last one;
+    not final is a graph that others follow. max_norm: as in `exchange.Limits`.
 
-    warm_start: (run, rounds done) to go on from, of the same federation and model;
-    params then give names and shapes only. With as many rounds as are done, the graph
-    only tests the model. Raises ValueError for what cannot be run.
+    warm_start: (run, rounds done) to go on from, of the same federation and model; then
+    params give names and shapes only, and the graph plays the rounds that are left. If
+    none are, it only tests the model. Raises ValueError for what cannot be run.
     """
-    first = warm_start[1] if warm_start else 0
+    first, keep_local = warm_start[1] if warm_start else 0, sorted(set(keep_local))
     _check(federation, params, run, first, rounds, keep_local, final and evaluate)
     make_aggregate(aggregate, params, trainable, options)
     content = {
@@ -70,7 +79,9 @@ def build_pipeline(
             name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
             for name, value in params.items()
         },
-        "keep_local": sorted(keep_local),
+        "keep_local": keep_local,
+        "client": client or federation.client,
+        "prepare": prepare,
         "settings": dict(settings or {}),
         "evaluate": evaluate,
         "aggregate": aggregate,
@@ -78,83 +89,90 @@ def build_pipeline(
         "trainable": sorted(trainable),
         "max_norm": max_norm,
     }
-    client = client or federation.client
-    code = write_snapshots(folder, content, client, None if warm_start else params)
-    builder = _Builder(
+    sent = {name: value for name, value in params.items() if name not in keep_local}
+    graph = _Graph(
         federation,
         run,
-        seed,
+        code=write_snapshots(folder, content, None if warm_start else params),
+        seed=seed,
+        metrics=",".join(sorted(federation.metrics)) or ",",
+        # The entries, and a header: what `exchange` takes.
+        max_bytes=1024 + sum(v.nbytes + 256 + 6 * len(k) for k, v in sent.items()),
         keep=bool(keep_local),
         remember=aggregate in SERVER_RULES,
-        metrics=",".join(sorted(federation.metrics)) or ",",
-        max_bytes=_max_bytes(params, keep_local),
-        components=_components(federation, code, content),
+        prepare=bool(prepare),
     )
-    return builder.build(first, rounds, warm_start, final and evaluate)
+    return graph.build(first, rounds, warm_start, final and evaluate)
 
 
 def write_snapshots(
     folder: str | Path,
     content: Mapping[str, Any],
-    client: str,
     initial: Mapping[str, Tensor] | None,
 ) -> dict[str, Path]:
     """Write what is uploaded: `code/silo` and `code/orchestrator` in folder.
 
-    Each holds the jobs' scripts, the files of `fl_helpers`, `run.json`, and an
-    `.amlignore` that lets nothing else pass; the silos' the file of the client, too, the
-    orchestrator's the initial model. Returns {name of a job's script: its folder}.
+    Each holds the scripts of its jobs, the files of `fl_helpers`, `run.json`, and an
+    `.amlignore` that lets nothing else pass. The silos' also has the files of `client`
+    and `prepare`, the orchestrator's the initial model. Returns {script: its folder}.
     """
-    code = Path(folder).resolve() / "code"
-    place, _, function = client.rpartition(":")
-    own = [Path(place)] if place.endswith(".py") else []
-    parts = {"silo": IN_SILO, "orchestrator": AT_ORCHESTRATOR}
-    for part, scripts in parts.items():
+    code, content = Path(folder).resolve() / "code", dict(content)
+    own = set[Path]()
+    for key in ("client", "prepare"):
+        path, _, name = content[key].rpartition(":")
+        if path.endswith(".py"):
+            own.add(Path(path).resolve())
+            content[key] = f"{Path(path).name}:{name}"
+    for part, scripts in SCRIPTS.items():
         shutil.rmtree(code / part, ignore_errors=True)
         (code / part / "fl_helpers").mkdir(parents=True)
         for name in ("common.py", ".amlignore", *(f"{s}.py" for s in scripts)):
-            shutil.copyfile(HERE / "jobs" / name, code / part / name)
-        for path in HERE.parent.glob("*.py"):
+            shutil.copyfile(JOBS / name, code / part / name)
+        for path in JOBS.parents[1].glob("*.py"):
             shutil.copyfile(path, code / part / "fl_helpers" / path.name)
-        entry = f"{own[0].name}:{function}" if own else client
-        text = json.dumps({**content, "client": entry}, indent=1)
-        (code / part / "run.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1) + "\n"
+        (code / part / "run.json").write_text(text, encoding="utf-8")
     for path in own:
         if (code / "silo" / path.name).exists():
-            raise ValueError(f"{path.name} is the name of a job; rename the file")
+            raise ValueError(f"{path.name} is the name of another file; rename it")
         shutil.copyfile(path, code / "silo" / path.name)
     if initial is not None:
         whole = {name: value.contiguous() for name, value in initial.items()}
         save_file(whole, code / "orchestrator" / "initial.safetensors")
-    return {script: code / part for part, names in parts.items() for script in names}
+    return {name: code / part for part, names in SCRIPTS.items() for name in names}
 
 
 @dataclass(frozen=True)
-class _Builder:
-    """What all jobs of a graph need to know; one method per kind of job."""
+class _Graph:
+    """What the jobs of a graph have in common, and a method for each kind of job.
+
+    A state is what a round starts from: {"model", "memory", key of a silo: what it
+    keeps}, each a folder or the output of a job.
+    """
 
     federation: Federation
     run: str
+    code: Mapping[str, Path]
     seed: int
-    keep: bool
-    remember: bool
     metrics: str
     max_bytes: int
-    components: Mapping[str, Any]
+    keep: bool
+    remember: bool
+    prepare: bool
+    components: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # {key of a silo: its folder}
 
     def build(
         self, first: int, rounds: int, warm_start: tuple[str, int] | None, final: bool
-    ) -> Any:
-        """The whole graph, rounds `first` to `rounds` - 1."""
-        from azure.ai.ml import dsl
+    ) -> PipelineJob:
+        name, main = self.federation.project, self.federation.orchestrator
+        about = {"name": f"fl_{name}", "display_name": self.run}
 
-        @dsl.pipeline(
-            name=f"fl_{self.federation.project}",
-            display_name=self.run,
-            experiment_name=self.federation.project,
-        )
+        @dsl.pipeline(experiment_name=name, **about)
         def scatter_gather() -> dict[str, Any]:
-            state = self.from_run(*warm_start) if warm_start else self.initial()
+            state = self.left_by(*warm_start) if warm_start else self.initial()
+            for silo in self.federation.silos:
+                self.data[silo.key] = self.data_of(silo)
             for index in range(first, rounds):
                 state = self.round(index, state)
             if final:
@@ -163,182 +181,181 @@ class _Builder:
 
         job = scatter_gather()
         if rounds > first:
-            main = self.federation.orchestrator.datastore
-            job.outputs.final_model = _output(main, place("models", self.run, rounds))
+            path = place("models", self.run, rounds)
+            job.outputs["final_model"] = _output(main, path)
         job.settings.force_rerun = True  # a round is never another one's result
         return job
 
-    def from_run(self, run: str, done: int) -> dict[str, Any]:
+    def left_by(self, run: str, done: int) -> dict[str, Any]:
         """The state that an earlier run left."""
-        main = self.federation.orchestrator.datastore
+        main = self.federation.orchestrator
         state = {"model": _input(main, place("models", run, done))}
         if self.remember:
             state["memory"] = _input(main, place("memory", run, done))
         for silo in self.federation.silos if self.keep else ():
-            state[silo.key] = _input(silo.datastore, place("kept", run, done))
+            state[silo.key] = _input(silo, place("kept", run, done))
         return state
 
     def initial(self) -> dict[str, Any]:
-        """The job that publishes the initial model."""
-        node = self.at_orchestrator("initial", "initial", {})
-        self.write(node, "next_model", place("models", self.run, 0))
-        state = {"model": node.outputs["next_model"]}
+        """A job publishes the initial model."""
+        writes = {"next_model": place("models", self.run, 0)}
         if self.remember:
-            self.write(node, "next_memory", place("memory", self.run, 0))
-            state["memory"] = node.outputs["next_memory"]
+            writes["next_memory"] = place("memory", self.run, 0)
         if self.keep:
-            self.write(node, "kept", place("models", self.run, "kept"))
-            kept = {silo.key: node.outputs["kept"] for silo in self.federation.silos}
-            state |= kept
+            writes["kept"] = place("models", self.run, "kept")
+        made = self.at_orchestrator("initial", "initial", {}, writes)
+        state = {"model": made["next_model"]}
+        if self.remember:
+            state["memory"] = made["next_memory"]
+        for silo in self.federation.silos if self.keep else ():
+            state[silo.key] = made["kept"]
         return state
+
+    def data_of(self, silo: Party) -> Any:
+        """A silo's data, as they are or as a job prepares them."""
+        data = _input(silo, silo.data)
+        if not self.prepare:
+            return data
+        outputs = {
+            "prepared": _output(silo, place("prepared", self.run, "data")),
+            "private": _private(silo, self.run, "prepare"),
+        }
+        inputs = {"silo": silo.key, "data": data}
+        name = f"prepare_{silo.key}"
+        return self.job("prepare", name, silo, inputs, outputs)["prepared"]
 
     def round(self, index: int, state: dict[str, Any]) -> dict[str, Any]:
         """Train in every silo, aggregate; returns the state after it."""
-        new, updates = {}, {}
+        updates, new = {}, {}
         for silo in self.federation.silos:
-            inputs = {"round": index, "seed": self.seed}
-            node = self.in_silo("train", f"{index:04d}", silo, state, inputs)
-            update = place("updates", self.run, index, silo.key)
-            node.outputs["model_update"] = _output(silo.outbox, update)
-            updates[f"update_{silo.key}"] = node.outputs["model_update"]
+            outputs = {"model_update": self.released(silo, index)}
+            outputs["private"] = _private(silo, self.run, f"train_{index:04d}")
             if self.keep:
                 kept = place("kept", self.run, index + 1)
-                node.outputs["next_kept"] = _output(silo.datastore, kept)
-                new[silo.key] = node.outputs["next_kept"]
-        before = {k: state[k] for k in ("model", "memory") if k in state}
-        limits = {"metrics": self.metrics, "max_bytes": self.max_bytes}
-        inputs = {"round": index, **limits, **before, **updates}
-        node = self.at_orchestrator("aggregate", f"aggregate_{index:04d}", inputs)
-        self.write(node, "next_model", place("models", self.run, index + 1))
-        self.write(node, "report", place("reports", self.run, index))
+                outputs["next_kept"] = _output(silo, kept)
+            inputs = self.inputs_of(silo, state, index, self.max_bytes)
+            inputs["seed"] = self.seed
+            name = f"train_{index:04d}_{silo.key}"
+            made = self.job("train", name, silo, inputs, outputs)
+            updates[f"update_{silo.key}"] = made["model_update"]
+            new |= {silo.key: made["next_kept"]} if self.keep else {}
+        inputs = {"round": index, "metrics": self.metrics, "max_bytes": self.max_bytes}
+        inputs |= {k: state[k] for k in ("model", "memory") if k in state} | updates
+        writes = {"next_model": place("models", self.run, index + 1)}
         if self.remember:
-            self.write(node, "next_memory", place("memory", self.run, index + 1))
-            new["memory"] = node.outputs["next_memory"]
-        return new | {"model": node.outputs["next_model"]}
+            writes["next_memory"] = place("memory", self.run, index + 1)
+        writes["report"] = place("reports", self.run, index)
+        name = f"aggregate_{index:04d}"
+        made = self.at_orchestrator("aggregate", name, inputs, writes)
+        new |= {"memory": made["next_memory"]} if self.remember else {}
+        return new | {"model": made["next_model"]}
 
     def test(self, rounds: int, state: dict[str, Any]) -> None:
         """Test the final model in every silo, collect the scores."""
-        updates = {}
+        updates, max_bytes = {}, 1024  # there are only numbers
         for silo in self.federation.silos:
-            node = self.in_silo("evaluate", "final", silo, state, {"round": rounds})
-            scores = place("updates", self.run, "scores", silo.key)
-            node.outputs["scores"] = _output(silo.outbox, scores)
-            updates[f"update_{silo.key}"] = node.outputs["scores"]
-        limits = {"metrics": self.metrics, "max_bytes": 1024}
-        inputs = {"round": rounds, **limits, **updates}
-        node = self.at_orchestrator("collect", "collect", inputs)
-        self.write(node, "report", place("reports", self.run, "scores"))
+            outputs = {"scores": self.released(silo, "scores")}
+            outputs["private"] = _private(silo, self.run, "evaluate")
+            inputs = self.inputs_of(silo, state, rounds, max_bytes)
+            made = self.job("evaluate", f"evaluate_{silo.key}", silo, inputs, outputs)
+            updates[f"update_{silo.key}"] = made["scores"]
+        inputs = {"round": rounds, "metrics": self.metrics, "max_bytes": max_bytes}
+        writes = {"report": place("reports", self.run, "scores")}
+        self.at_orchestrator("collect", "collect", inputs | updates, writes)
 
-    def in_silo(
-        self, kind: str, step: str, silo: Party, state: Any, inputs: dict[str, Any]
+    def inputs_of(
+        self, silo: Party, state: dict[str, Any], index: int, max_bytes: int
+    ) -> dict[str, Any]:
+        """What a job at a silo is told, and what it reads."""
+        inputs = {"silo": silo.key, "round": index, "metrics": self.metrics}
+        inputs |= {"max_bytes": max_bytes, "data": self.data[silo.key]}
+        inputs["model"] = state["model"]
+        return inputs | ({"kept": state[silo.key]} if self.keep else {})
+
+    def released(self, silo: Party, step: int | str) -> Output:
+        """The place of what leaves a silo."""
+        path = place("updates", self.run, step, silo.key)
+        return _output(silo, path, datastore=silo.outbox)
+
+    def at_orchestrator(
+        self, kind: str, name: str, inputs: dict[str, Any], writes: dict[str, str]
     ) -> Any:
-        """A job at a silo: its data, the model, its own store."""
-        size = self.max_bytes if kind == "train" else 1024
-        inputs |= {"silo": silo.key, "metrics": self.metrics, "max_bytes": size}
-        inputs |= {"data": _input(silo.datastore, silo.data), "model": state["model"]}
-        inputs |= {"kept": state[silo.key]} if self.keep else {}
+        main = self.federation.orchestrator
+        outputs = {output: _output(main, path) for output, path in writes.items()}
+        return self.job(kind, name, main, inputs, outputs)
+
+    def job(
+        self,
+        kind: str,
+        name: str,
+        party: Party,
+        inputs: dict[str, Any],
+        outputs: dict[str, Output],
+    ) -> Any:
+        """One job; returns its outputs, for the inputs of others."""
+        if kind not in self.components:
+            self.components[kind] = _component(
+                kind, self.code[kind], inputs, outputs, self.federation.environment
+            )
         node = self.components[kind](**inputs)
-        node.name, node.compute = f"{kind}_{step}_{silo.key}", silo.compute
-        private = place("private", self.run, f"{kind}_{step}")
-        # Mounted, so that the log of a job that fails is there, too.
-        node.outputs["private"] = _output(silo.datastore, private, mode="rw_mount")
-        if silo.instance_type:
-            node.set_resources(instance_type=silo.instance_type)
-        return node
-
-    def at_orchestrator(self, kind: str, name: str, inputs: dict[str, Any]) -> Any:
-        node = self.components[kind](**inputs)
-        node.name, node.compute = name, self.federation.orchestrator.compute
-        if self.federation.orchestrator.instance_type:
-            node.set_resources(instance_type=self.federation.orchestrator.instance_type)
-        return node
-
-    def write(self, node: Any, output: str, path: str) -> None:
-        """Give a job's output its folder in the orchestrator's store."""
-        main = self.federation.orchestrator.datastore
-        node.outputs[output] = _output(main, path)
+        node.name, node.compute = name, party.compute
+        for output, where in outputs.items():
+            node.outputs[output] = where
+        if party.instance_type:
+            node.set_resources(instance_type=party.instance_type)
+        return node.outputs
 
 
-def _input(datastore: str, path: str) -> Any:
-    from azure.ai.ml import Input
-
-    uri = f"azureml://datastores/{datastore}/paths/{path}"
+def _input(party: Party, path: str) -> Input:
+    uri = f"azureml://datastores/{party.datastore}/paths/{path}"
     return Input(type="uri_folder", mode="ro_mount", path=uri)
 
 
-def _output(datastore: str, path: str, mode: str = "upload") -> Any:
-    from azure.ai.ml import Output
-
-    uri = f"azureml://datastores/{datastore}/paths/{path}"
+def _output(
+    party: Party, path: str, *, datastore: str = "", mode: str = "upload"
+) -> Output:
+    uri = f"azureml://datastores/{datastore or party.datastore}/paths/{path}"
     return Output(type="uri_folder", mode=mode, path=uri)
 
 
-def _components(
-    federation: Federation, code: Mapping[str, Path], content: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The kinds of jobs, with inputs and outputs of this run. Made anew for each graph:
-    submitting one changes them."""
-    keep, remember = bool(content["keep_local"]), content["aggregate"] in SERVER_RULES
-    folder, limits = "uri_folder", {"metrics": "string", "max_bytes": "integer"}
-    kept = {"kept": folder} if keep else {}
-    memory = {"memory": folder} if remember else {}
-    in_silo = {"silo": "string", "round": "integer", **limits}
-    in_silo |= {"data": folder, "model": folder, **kept}
-    updates = {f"update_{silo.key}": folder for silo in federation.silos}
-    gather = {"round": "integer", **limits, **updates}
-    next_kept = ["next_kept"] if keep else []
-    next_model = ["next_model", *(["next_memory"] if remember else [])]
-    found = {  # kind: (inputs, outputs)
-        "initial": ({}, [*next_model, *kept]),
-        "train": (
-            in_silo | {"seed": "integer"},
-            ["model_update", "private", *next_kept],
-        ),
-        "aggregate": (gather | {"model": folder, **memory}, [*next_model, "report"]),
-        "evaluate": (in_silo, ["scores", "private"]),
-        "collect": (gather, ["report"]),
-    }
-    return {
-        kind: _component(kind, code[kind], inputs, outputs, federation.environment)
-        for kind, (inputs, outputs) in found.items()
-    }
+def _private(silo: Party, run: str, step: str) -> Output:
+    """Ledger and log, mounted: so that they are there if the job fails, too."""
+    return _output(silo, place("private", run, step), mode="rw_mount")
 
 
 def _component(
-    kind: str, code: Path, inputs: dict[str, str], outputs: list[str], environment: str
+    kind: str,
+    code: Path,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    environment: str,
 ) -> Any:
-    from azure.ai.ml import Input, Output, command
-    from azure.ai.ml.entities import Environment
-
+    """The kind of job that takes such inputs; `updates` end its command line."""
+    types = {int: "integer", str: "string"}
+    ports = {
+        name: Input(type=types[type(value)])
+        if type(value) in types
+        else Input(type="uri_folder", mode="ro_mount")
+        for name, value in inputs.items()
+    }
+    plain = [name for name in inputs if not name.startswith("update_")]
     line = ["python", f"{kind}.py"]
-    updates = [name for name in inputs if name.startswith("update_")]
-    for name in inputs:
-        if name not in updates:
-            line += [f"--{name}", f"${{{{inputs.{name}}}}}"]
-    for name in outputs:
-        line += [f"--{name}", f"${{{{outputs.{name}}}}}"]
-    if updates:
-        pairs = (f"{n.removeprefix('update_')}=${{{{inputs.{n}}}}}" for n in updates)
-        line += ["--updates", *pairs]
-    modes = {"uri_folder": {"mode": "ro_mount"}}
-    conda = HERE / "jobs" / "conda.yaml"
-    node = command(
+    line += [f"--{name} ${{{{inputs.{name}}}}}" for name in plain]
+    line += [f"--{name} ${{{{outputs.{name}}}}}" for name in outputs]
+    if updates := [name for name in inputs if name not in plain]:
+        keys = [name.removeprefix("update_") for name in updates]
+        line += ["--updates", *(f"{k}=${{{{inputs.update_{k}}}}}" for k in keys)]
+    pinned = Environment(image=IMAGE, conda_file=str(JOBS / "conda.yaml"))
+    return command(
         name=f"fl_{kind}",
         display_name=kind,
         code=str(code),
         command=" ".join(line),
-        environment=environment or Environment(image=IMAGE, conda_file=str(conda)),
-        inputs={n: Input(type=t, **modes.get(t, {})) for n, t in inputs.items()},
+        environment=environment or pinned,
+        inputs=ports,
         outputs={name: Output(type="uri_folder") for name in outputs},
         is_deterministic=False,
-    )
-    return node.component
-
-
-def _max_bytes(params: Mapping[str, Tensor], keep_local: Collection[str]) -> int:
-    """Bytes that an update may have: its entries, and a header."""
-    sent = {name: value for name, value in params.items() if name not in keep_local}
-    return 1024 + sum(v.nbytes + 256 + 6 * len(k) for k, v in sent.items())
+    ).component
 
 
 def _check(
@@ -352,14 +369,12 @@ def _check(
 ) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", run):
         raise ValueError(f"run must be letters, digits, _ and -, got {run!r}")
-    if not 0 <= first <= rounds or rounds < 1 or (first == rounds and not final):
-        raise ValueError(
-            f"rounds must be > {first}, the rounds that are done, got {rounds}"
-        )
+    if rounds < 1 or not 0 <= first <= rounds or (first == rounds and not final):
+        raise ValueError(f"rounds must be >= 1 and > {first}, as many are done already")
     unknown = sorted(set(keep_local) - params.keys())
-    if unknown:
-        raise ValueError(f"keep_local names entries that params lacks: {unknown[:3]}")
-    if len(set(keep_local)) == len(params):
-        raise ValueError("keep_local names every entry; nothing would be shared")
+    if unknown or len(keep_local) == len(params):
+        raise ValueError(
+            f"keep_local must name entries of params, not all; unknown: {unknown[:3]}"
+        )
     if len(federation.silos) < 2:
         raise ValueError(f"a run needs 2 silos, got {len(federation.silos)}")

@@ -1,14 +1,15 @@
-"""Reads the plan of a run, and refuses every data flow that is not allowed.
+"""Reads the plan of a run, and refuses every flow of data that is not allowed.
 
 The plan is what would be sent: `job._to_dict()`, or the file that `job.dump` wrote. It
-is read without the SDK and fail-closed: what this file does not know is refused. The
-rules (`check_plan`):
+is read without the SDK and fail-closed: what this file does not know is refused. Who may
+do what, and `check_plan` has the other rules:
 
-| who | reads | writes |
-|---|---|---|
-| a silo's job | its own store; `fl/models` of the orchestrator's, made there | `fl/` of its own store; released outputs to `fl/updates/<its key>` of its outbox |
-| an orchestrator's job | the orchestrator's stores | the same, but not below `fl/updates` |
-"""  # noqa: E501
+- a silo's job reads its own store, and `fl/models` of the orchestrator's, made there;
+- it writes below `fl/` of its own store, and what is on the list of released outputs
+  below `fl/updates/<its key>/` of its outbox;
+- an orchestrator's job reads and writes the orchestrator's stores, but writes nothing
+  below `fl/updates/`.
+"""
 
 from __future__ import annotations
 
@@ -33,23 +34,26 @@ KNOWN = {  # keys that a plan may have; what stands at any other must be empty
     "port": "type mode description",
     "binding": "path type mode",
 }
+EMPTY = (None, "", {}, [], False, "False")
 BINDING = re.compile(r"\$\{\{parent\.(?:jobs\.(\w+)\.)?outputs\.(\w+)\}\}")
 URI = re.compile(rf"azureml://datastores/([A-Za-z0-9_]+)/paths/({PATH})/?", re.ASCII)
 SLOT = re.compile(r"\$\{\{(inputs|outputs)\.(\w+)\}\}")
-WORDS = re.compile(r"[\w .,:@%+=/-]*", re.ASCII)  # nothing that a shell interprets
+PLAIN = re.compile(r"[\w.,:@%+=/-]*", re.ASCII)  # nothing that a shell interprets
+COMMAND = re.compile(r"python (\w+)\.py(?: .*)?", re.DOTALL)
 TYPES = {
-    "string": WORDS.pattern.replace(" ", ""),
+    "string": PLAIN.pattern,
     "integer": r"-?\d{1,18}",
     "number": r"-?\d+(\.\d*)?([eE][+-]?\d+)?",
-    "boolean": r"(?i)true|false|0|1",
+    "boolean": r"[Tt]rue|[Ff]alse|0|1",  # azure-ai-ml writes 1 and 0
 }
-READ_ONLY, WRITE_ONLY = ("ro_mount", "download"), ("rw_mount", "upload")
+READ_MODES, WRITE_MODES = ("ro_mount", "download"), ("rw_mount", "upload")
 
 
 @dataclass(frozen=True)
 class Flow:
     """A folder that a job reads or writes, by the name of its input or output.
 
+    store: "" if it is not in a datastore; then path is what the plan says instead.
     producer, output: the job and output of this plan that a read waits for; "" if the
     folder is there before the plan starts.
     """
@@ -63,7 +67,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a plan. kind: its script. literals: values that are not folders."""
+    """One job. kind: its script. literals: its inputs that are values, as texts."""
 
     name: str
     kind: str
@@ -101,15 +105,17 @@ class PlanRefused(ValueError):
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
-        lines = [f"the plan is refused, for {len(self.violations)} reasons:"]
-        super().__init__("\n  ".join([*lines, *map(str, self.violations)]))
+        count = len(self.violations)
+        lines = ["the plan is refused:", *map(str, self.violations[:20])]
+        lines += [f"and {count - 20} more (.violations)"] if count > 20 else []
+        super().__init__("\n- ".join(lines))
 
 
 def read_plan(source: Mapping[str, Any] | str | Path) -> Plan:
     """Read a plan: `job._to_dict()`, or the path of the file that `job.dump` wrote.
 
-    What is wrong with its form is kept in `problems`, for `check_plan` to refuse. Raises
-    PlanRefused if there is no telling what the jobs are.
+    What is wrong with its form is kept in `problems`, for `check_plan` to refuse.
+    Raises PlanRefused if there is no telling what the jobs are.
     """
     if not isinstance(source, Mapping):
         source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
@@ -118,7 +124,7 @@ def read_plan(source: Mapping[str, Any] | str | Path) -> Plan:
 
 @dataclass
 class _Reader:
-    """Resolves the bindings between jobs, and collects what is wrong on the way."""
+    """Follows the bindings between jobs, and collects what is wrong on the way."""
 
     source: Any
     problems: list[Violation] = field(default_factory=list)
@@ -126,80 +132,82 @@ class _Reader:
     def plan(self) -> Plan:
         jobs = self.source.get("jobs") if isinstance(self.source, Mapping) else None
         if not isinstance(jobs, Mapping) or not jobs:
-            no_jobs = Violation("the plan", "it has no jobs", "pass job._to_dict()")
-            raise PlanRefused([no_jobs])
+            nothing = Violation("the plan", "it has no jobs", "pass job._to_dict()")
+            raise PlanRefused([nothing])
         self.only("plan", "the plan", self.source)
-        self.only("settings", "the plan", self.source.get("settings") or {})
-        self.jobs = {str(name): self.mapping(name, job) for name, job in jobs.items()}
+        settings = self.only("settings", "the plan", self.source.get("settings"))
+        self.runs_anew = settings.get("force_rerun") is True
+        self.promoted = self.mapping("the plan", self.source.get("outputs"))
+        self.jobs = {name: self.only("job", name, job) for name, job in jobs.items()}
         read = [self.job(name, job) for name, job in self.jobs.items()]
         return Plan(tuple(self.in_order(read)), tuple(self.problems))
 
     def say(self, job: str, rule: str, remedy: str) -> None:
         self.problems.append(Violation(job, rule, remedy))
 
-    def only(self, what: str, job: str, found: Any) -> Mapping[str, Any]:
-        """The mapping, if it has no keys but those that are known."""
-        found = self.mapping(job, found)
-        known = KNOWN[what].split()
-        empty = (None, "", {}, [], False, "False")
-        extra = [k for k, v in found.items() if k not in known and v not in empty]
-        if extra:
-            self.say(
-                job,
-                f"the {what} has {sorted(map(str, extra))[:5]}, which nothing here checks",
-                f"leave them out; known are {known}",
-            )
-        return found
-
     def mapping(self, job: str, found: Any) -> Mapping[str, Any]:
-        if isinstance(found, Mapping):
-            return found
-        self.say(job, f"{str(found)[:60]!r} should be a mapping", "build the plan anew")
+        if found is None or isinstance(found, Mapping):
+            return found or {}
+        self.say(job, f"{str(found)[:60]!r} must be a mapping", "build the plan anew")
         return {}
 
+    def only(self, what: str, job: str, found: Any) -> Mapping[str, Any]:
+        """A mapping; keys that are not known are a problem."""
+        found, known = self.mapping(job, found), KNOWN[what].split()
+        extra = [k for k, v in found.items() if k not in known and v not in EMPTY]
+        if extra:
+            rule = (
+                f"the {what} says {sorted(map(str, extra))[:5]}, which is not checked"
+            )
+            self.say(job, rule, f"leave it out; known are {known}")
+        return found
+
     def job(self, name: str, job: Mapping[str, Any]) -> Job:
-        self.only("job", name, job)
-        self.only("resources", name, job.get("resources") or {})
         component = self.only("component", name, job.get("component"))
-        if job.get("type") != "command" or component.get("type") != "command":
-            self.say(name, "it is not a command", "use command jobs only")
-        command, code = str(component.get("command")), str(component.get("code"))
-        self.check_code(name, job, component, command, code)
-        inputs = self.mapping(name, component.get("inputs") or {})
-        outputs = self.mapping(name, component.get("outputs") or {})
-        given = self.mapping(name, job.get("inputs") or {})
-        made = self.mapping(name, job.get("outputs") or {})
+        inputs = self.mapping(name, component.get("inputs"))
+        outputs = self.mapping(name, component.get("outputs"))
+        given = self.mapping(name, job.get("inputs"))
+        made = self.mapping(name, job.get("outputs"))
         for extra in sorted({*(given.keys() - inputs), *(made.keys() - outputs)}):
             self.say(name, f"its script does not know {extra!r}", "leave it out")
+        self.check_code(name, job, component, {"inputs": inputs, "outputs": outputs})
         literals, reads = {}, []
         for key, port in inputs.items():
             kind = self.only("port", name, port).get("type")
             if kind in TYPES:
                 literals[key] = self.literal(name, key, kind, given.get(key))
-            elif flow := self.read(name, key, port, given.get(key)):
-                reads.append(flow)
-        writes = [self.write(name, key, port) for key, port in outputs.items()]
+            else:
+                self.check_folder(name, key, READ_MODES, port, given.get(key))
+                reads.append(self.read(name, key, given.get(key)))
+        for key, port in outputs.items():
+            self.only("port", name, port)
+            self.check_folder(name, key, WRITE_MODES, port, made.get(key))
+        command = str(component.get("command"))
         return Job(
             name,
-            kind=re.sub(r"^python (\w+)\.py\b.*", r"\1", command, flags=re.S),
+            kind=COMMAND.sub(r"\1", command),
             compute=str(job.get("compute")).removeprefix("azureml:"),
             command=command,
-            code=code,
+            code=str(component.get("code")),
             environment=_environment(component.get("environment")),
             literals=literals,
             reads=tuple(reads),
-            writes=tuple(flow for flow in writes if flow),
+            writes=tuple(Flow(key, *self.target(name, key)) for key in outputs),
         )
 
     def check_code(
-        self, name: str, job: Any, component: Any, command: str, code: str
+        self, name: str, job: Mapping[str, Any], component: Any, ports: Any
     ) -> None:
-        plain = WORDS.fullmatch(SLOT.sub("", command))
-        if not plain or not re.match(r"python \w+\.py( |$)", command):
+        """What runs, in what, on how many machines."""
+        command, code = str(component.get("command")), str(component.get("code"))
+        if job.get("type") != "command" or component.get("type") != "command":
+            self.say(name, "it is not a command", "use command jobs only")
+        plain = all(PLAIN.fullmatch(SLOT.sub("", word)) for word in command.split(" "))
+        if not plain or not COMMAND.fullmatch(command):
             rule = "its command is not `python script.py` and plain words"
             self.say(name, rule, "leave out quotes, pipes and whatever a shell reads")
         for kind, key in SLOT.findall(command):
-            if key not in (component.get(kind) or {}):
+            if key not in ports[kind]:
                 self.say(name, f"its command names {kind}.{key}", "declare it")
         if not Path(code).is_absolute():
             rule = f"its code is {code[:60]!r}, not a folder of this machine"
@@ -207,126 +215,101 @@ class _Reader:
         if not _environment(component.get("environment")):
             rule = "its environment is not pinned"
             self.say(name, rule, "name an image with its tag, or azureml:name:version")
-        again = (self.source.get("settings") or {}).get("force_rerun")
-        if again is not True and component.get("is_deterministic") not in (False, 0):
+        if not self.runs_anew and component.get("is_deterministic") not in EMPTY[1:]:
             rule = "an old result could be taken instead of running it"
             self.say(name, rule, "set force_rerun in the plan's settings")
-        count = (job.get("resources") or {}).get("instance_count", 1)
-        if count not in (None, 1, "1"):
-            self.say(name, f"it asks for {count} machines", "one job, one machine")
+        resources = self.only("resources", name, job.get("resources"))
+        if resources.get("instance_count", 1) not in (None, 1, "1"):
+            self.say(name, "it asks for several machines", "one job, one machine")
 
     def literal(self, name: str, key: str, kind: str, value: Any) -> str:
-        text = "" if isinstance(value, Mapping | list) else str(value)
-        if value is None or not re.fullmatch(TYPES[kind], text, re.ASCII):
-            rule = f"{key} must be a {kind}, of letters, digits and .,:@%+=/_- only"
-            self.say(name, f"{rule}; it is {str(value)[:60]!r}", "give a plain value")
-        return text
+        plain = isinstance(value, str | int | float)
+        if not plain or not re.fullmatch(TYPES[kind], str(value), re.ASCII):
+            rule = f"{key} is {str(value)[:60]!r}, not a {kind}"
+            self.say(name, rule, "a text has letters, digits and .,:@%+=/_- only")
+        return str(value)
 
-    def read(self, name: str, key: str, port: Any, value: Any) -> Flow | None:
-        value = {"path": value} if isinstance(value, str) else value
-        value = self.only("binding", name, value or {})
-        path = str(value.get("path"))
-        modes = {value.get("mode"), self.mapping(name, port).get("mode")} - {None}
-        if self.mapping(name, port).get("type") != "uri_folder":
-            self.say(name, f"{key} is not a folder", "use uri_folder")
-        if not modes <= set(READ_ONLY):
-            rule = f"{key} has the mode {sorted(map(str, modes))}"
-            self.say(name, rule, f"inputs are for reading: {READ_ONLY}")
+    def check_folder(
+        self, name: str, key: str, modes: Collection[str], *says: Any
+    ) -> None:
+        """A folder's declaration and binding: its type, and how it is mounted."""
+        for found in says:
+            if isinstance(found, str):
+                continue
+            found = self.only("binding", name, found)
+            if (found.get("type") or "uri_folder") != "uri_folder":
+                self.say(name, f"{key} is a {found['type']}", "use uri_folder")
+            if (found.get("mode") or modes[0]) not in modes:
+                self.say(name, f"{key} has the mode {found['mode']}", f"use {modes}")
+
+    def read(self, name: str, key: str, value: Any) -> Flow:
+        path = _path(value)
         bound = BINDING.fullmatch(path)
         if bound and bound[1]:
-            found = self.target(bound[1], bound[2])
-            if found:
-                return Flow(key, *found, *bound.groups())
-            rule = f"{key} waits for {bound[1]}.{bound[2]}, which does not say where"
-            self.say(name, rule, "give that output a path")
-        else:  # elsewhere: `check_plan` decides
-            return Flow(key, *(_uri(path) or ("", path)))
-        return None
+            return Flow(key, *self.target(bound[1], bound[2]), bound[1], bound[2])
+        return Flow(key, *_place(path))
 
-    def write(self, name: str, key: str, port: Any) -> Flow | None:
-        self.only("port", name, port)
-        given = (self.jobs[name].get("outputs") or {}).get(key)
-        if isinstance(given, Mapping):
-            self.only("binding", name, given)
-        found, modes = self.target(name, key), {self.mode(given)} - {None}
-        if self.mapping(name, port).get("type") != "uri_folder":
-            self.say(name, f"{key} is not a folder", "use uri_folder")
-        if not modes <= set(WRITE_ONLY):
-            self.say(name, f"{key} has the mode {modes}", f"use one of {WRITE_ONLY}")
-        if found:
-            return Flow(key, *found)
-        rule = f"{key} does not say where it goes: it would be the workspace's store"
-        self.say(name, rule, "give it azureml://datastores/<store>/paths/<folder>")
-        return None
-
-    def output(self, given: Any) -> Mapping[str, Any]:
-        """What an output says of itself, or the plan's output that it is."""
-        given = {"path": given} if isinstance(given, str) else given
-        given = given if isinstance(given, Mapping) else {}
-        bound = BINDING.fullmatch(str(given.get("path")))
-        if not bound:
-            return given
-        outputs = self.source.get("outputs")
-        found = outputs.get(bound[2]) if isinstance(outputs, Mapping) else None
-        return found if isinstance(found, Mapping) and not bound[1] else {}
-
-    def target(self, job: str, output: str) -> tuple[str, str] | None:
-        """(datastore, path) of a job's output, if it is given and well-formed."""
-        given = self.jobs.get(job, {}).get("outputs") or {}
-        given = given.get(output) if isinstance(given, Mapping) else None
-        return _uri(str(self.output(given).get("path")))
-
-    def mode(self, given: Any) -> Any:
-        return self.output(given).get("mode")
+    def target(self, job: str, output: str) -> tuple[str, str]:
+        """(datastore, path) of a job's output, maybe one that the plan promotes."""
+        made = self.jobs.get(job, {}).get("outputs")
+        path = _path(made.get(output) if isinstance(made, Mapping) else None)
+        bound = BINDING.fullmatch(path)
+        if bound and not bound[1]:
+            path = _path(self.promoted.get(bound[2]))
+        return _place(path)
 
     def in_order(self, jobs: list[Job]) -> Iterator[Job]:
-        left, done = list(jobs), set[str]()
+        left, done = jobs, {""}
         while left:
-            ready = [j for j in left if {r.producer for r in j.reads} - {""} <= done]
+            ready = [job for job in left if {f.producer for f in job.reads} <= done]
             if not ready:
                 for job in left:
-                    self.say(job.name, "it waits for itself", "build the plan anew")
+                    rule = "it waits for itself, or for a job that is not there"
+                    self.say(job.name, rule, "build the plan anew")
                 ready = left
             yield from ready
             done |= {job.name for job in ready}
             left = [job for job in left if job.name not in done]
 
 
-def _uri(text: str) -> tuple[str, str] | None:
-    """(datastore, path) of the short form of a datastore URI, without "." or ".."."""
+def _path(value: Any) -> str:
+    """What an input or output is bound to, as the plan says it."""
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return "nothing" if path in EMPTY else str(path)
+
+
+def _place(text: str) -> tuple[str, str]:
+    """(datastore, path), or ("", text) if it is not the short URI of a datastore."""
     found = URI.fullmatch(text)
-    if not found or {".", ".."} & set(found[2].split("/")):
-        return None
-    return found[1], found[2]
+    plain = found and not {".", ".."} & set(found[2].split("/"))
+    return (found[1], found[2]) if plain else ("", text)
 
 
 def _environment(found: Any) -> str:
-    """What a job runs in, if it is pinned: an image with its tag, or a version."""
+    """What a job runs in if it is pinned, an image's tag or a version; else ""."""
     if isinstance(found, Mapping):
         extra = found.keys() - {"name", "version", "image", "conda_file"}
-        image = str(found.get("image"))
-        pinned = re.fullmatch(r"[\w./-]+(:[\w.-]+|@sha256:[0-9a-f]{64})", image)
-        return image if pinned and not extra and "latest" not in image else ""
-    text = str(found)
-    pinned = re.fullmatch(r"azureml:[\w./-]+(:|/versions/)[\w.-]+", text)
-    return text if pinned and "latest" not in text else ""
+        text, form = str(found.get("image")), r"[\w./-]+(:[\w.-]+|@sha256:[0-9a-f]{64})"
+    else:
+        extra, text = set(), str(found)
+        form = r"azureml:[\w./-]+(:|/versions/)[\w.-]+"
+    pinned = re.fullmatch(form, text) and "latest" not in text
+    return text if pinned and not extra else ""
 
 
 def check_plan(
     plan: Plan, federation: Federation, *, allow: Collection[str] = ()
 ) -> None:
-    """Refuse a plan with a flow of data that is not allowed (the table above).
+    """Refuse a plan with a flow of data that is not allowed.
 
-    Also: each compute and datastore belongs to one party; one update per silo and round
-    reaches the aggregation; nothing is written twice, or read by its path while a job of
-    this plan writes it; numbers that leave are on the allow-list. allow: inputs that are
-    no folders of a datastore, such as "azureml:scanners:1", and yet may be read.
-    Raises PlanRefused with all violations at once.
+    Beside the rules above: a compute and a datastore belong to one party; exactly one
+    update per silo and round reaches the aggregation; no two jobs write the same place,
+    and none reads by its path what another one of the plan writes; the numbers that
+    leave are on the allow-list. allow: inputs in no datastore that may be read, such as
+    "azureml:scanners:1". Raises PlanRefused with all violations at once.
     """
     found = list(plan.problems)
-    owners = _owners(federation)
-    parties = {party.compute: party for party in federation.parties}
-    makers = {job.name: parties.get(job.compute) for job in plan.jobs}
+    makers = {job.name: federation.owner(compute=job.compute) for job in plan.jobs}
     for job in plan.jobs:
         party = makers[job.name]
         if party is None:
@@ -334,182 +317,162 @@ def check_plan(
             found.append(Violation(job.name, rule, "use one of silos.yaml"))
             continue
         for flow in job.reads:
-            maker = makers.get(flow.producer)
-            if rule := _read_rule(federation, owners, party, flow, maker, allow):
-                found.append(Violation(job.name, f"{flow.name} {rule[0]}", rule[1]))
+            if flow.store or flow.path not in allow:
+                maker = makers.get(flow.producer) if flow.producer else None
+                found += _check_read(job, flow, party, maker, federation)
         for flow in job.writes:
-            if rule := _write_rule(federation, owners, party, flow):
-                found.append(Violation(job.name, f"{flow.name} {rule[0]}", rule[1]))
-        found += _check_numbers(job, party, federation)
+            found += _check_write(job, flow, party, federation)
         if party is federation.orchestrator:
             found += _check_gather(job, federation)
-    found += [*_check_places(plan), *_check_once(plan)]
+        else:
+            found += _check_silo(job, party, federation)
+    found += [*_check_places(plan), *_check_released(plan)]
     if found:
         raise PlanRefused(found)
 
 
-def _owners(federation: Federation) -> dict[str, Party]:
-    """{datastore: whose it is}."""
-    owners = {silo.outbox: federation.orchestrator for silo in federation.silos}
-    return owners | {party.datastore: party for party in federation.parties}
-
-
-def _read_rule(
-    federation: Federation,
-    owners: Mapping[str, Party],
-    party: Party,
-    flow: Flow,
-    maker: Party | None,
-    allow: Collection[str],
-) -> tuple[str, str] | None:
-    """The rule that a read breaks, and the remedy; None if it is allowed."""
-    owner, main = owners.get(flow.store), federation.orchestrator
-    if not flow.store:
-        if flow.path in allow:
-            return None
-        return (
-            f"is {flow.path[:80]!r}, not a folder of a datastore",
-            "no local path (it would be uploaded), URL or asset: use "
-            "azureml://datastores/<own store>/paths/<folder>",
-        )
-    if owner is None:
-        return f"is in {flow.store!r}, which belongs to nobody", "use silos.yaml's"
-    if owner is not party and owner is not main:
-        remedy = "each party reads its own store, silos also the orchestrator's models"
-        return f"is read from {owner.name!r}, by {party.name!r}", remedy
-    if flow.producer and maker is not owner and party is not main:
-        return f"was not made by {owner.name!r}", "read what its owner made"
-    if party is not main and owner is main:
-        inside = flow.store == main.datastore and _below(flow.path, MODELS)
-        if not inside:
-            remedy = f"a silo reads only {MODELS} of {main.datastore!r}"
-            return f"is {flow.path!r} in the orchestrator's {flow.store!r}", remedy
-    return None
-
-
-def _write_rule(
-    federation: Federation, owners: Mapping[str, Party], party: Party, flow: Flow
-) -> tuple[str, str] | None:
-    """The rule that a write breaks, and the remedy; None if it is allowed."""
-    owner, main = owners.get(flow.store), federation.orchestrator
-    if owner is None:
-        return f"goes to {flow.store!r}, which belongs to nobody", "use silos.yaml's"
-    if owner is party:
-        if not _below(flow.path, "fl") or (
-            party is main and _below(flow.path, UPDATES)
-        ):
-            remedy = f"a run writes below fl/, and only silos below {UPDATES}"
-            return f"goes to {flow.path!r} in {flow.store!r}", remedy
-        return None
-    if owner is not main or party is main:
-        remedy = "each party writes to its own store, silos also to their outbox"
-        return f"of {party.name!r} goes to {owner.name!r}", remedy
-    if flow.name not in federation.released:
-        allowed = f"on the allow-list are {sorted(federation.released)}"
-        return f"may not leave {party.name!r}", f"write it to its own store; {allowed}"
-    if flow.store != party.outbox or not _below(flow.path, f"{UPDATES}/{party.key}"):
-        remedy = f"use {UPDATES}/{party.key} in {party.outbox!r}"
-        return f"goes to {flow.path!r} in {flow.store!r}", remedy
-    return None
-
-
-def _below(path: str, folder: str) -> bool:
-    return path.startswith(f"{folder}/")
-
-
-def _check_numbers(
-    job: Job, party: Party, federation: Federation
+def _check_read(
+    job: Job, flow: Flow, party: Party, maker: Party | None, federation: Federation
 ) -> Iterator[Violation]:
-    """A job at a silo says which numbers leave, how large a file, and whose it is."""
-    if party is federation.orchestrator:
-        return
-    if job.literals.get("silo") != party.key:
-        rule = f"it runs at {party.key!r} as silo {job.literals.get('silo')!r}"
-        yield Violation(job.name, rule, "each silo's job runs at its own compute")
-    if any(flow.store == party.outbox for flow in job.writes):
-        names = set(job.literals.get("metrics", "?").split(",")) - {""}
-        if extra := sorted(names - federation.metrics):
-            rule = f"the numbers {extra} may not leave {party.name!r}"
-            remedy = f"on the allow-list are {sorted(federation.metrics)}"
+    """maker: who makes it in this plan; None if it is there before."""
+    owner, main = federation.owner(datastore=flow.store), federation.orchestrator
+    if not flow.store:
+        rule = f"{flow.name} is {flow.path[:80]!r}, not a folder of a datastore"
+        remedy = "no local path (it would be uploaded), URL or asset; use "
+        remedy += "azureml://datastores/<own store>/paths/<folder>"
+        yield Violation(job.name, rule, remedy)
+    elif owner is None:
+        rule = f"{flow.name} is in {flow.store!r}, which belongs to nobody"
+        yield Violation(job.name, rule, "use a datastore of silos.yaml")
+    elif owner not in (party, main):
+        rule = f"{party.name!r} reads {flow.name} from the store of {owner.name!r}"
+        remedy = "each reads its own store, silos also the orchestrator's models"
+        yield Violation(job.name, rule, remedy)
+    elif party is not main and maker not in (None, owner):
+        rule = f"{flow.name} was made by {maker.name!r}, not by {owner.name!r}"
+        yield Violation(job.name, rule, "read what the owner of the store made")
+    elif owner is not party and not (
+        flow.store == main.datastore and flow.path.startswith(f"{MODELS}/")
+    ):
+        rule = (
+            f"{party.name!r} reads {flow.path!r} of the orchestrator's {flow.store!r}"
+        )
+        remedy = f"silos read only {MODELS}/ of {main.datastore!r}"
+        yield Violation(job.name, rule, remedy)
+
+
+def _check_write(
+    job: Job, flow: Flow, party: Party, federation: Federation
+) -> Iterator[Violation]:
+    owner, main = federation.owner(datastore=flow.store), federation.orchestrator
+    rule = f"{flow.name} goes from {party.name!r} to {flow.path!r} of {flow.store!r}"
+    released = f"{UPDATES}/{party.key}/"
+    if not flow.store:
+        rule = f"{flow.name} goes to {flow.path[:80]!r}; maybe to the workspace's store"
+        remedy = "give it azureml://datastores/<store>/paths/<folder>"
+        yield Violation(job.name, rule, remedy)
+    elif owner is None:
+        rule += ", which belongs to nobody"
+        yield Violation(job.name, rule, "use a datastore of silos.yaml")
+    elif owner is party:
+        own = flow.path.startswith("fl/") and not (
+            party is main and flow.path.startswith(f"{UPDATES}/")
+        )
+        if not own:
+            remedy = f"a run writes below fl/, and only silos below {UPDATES}/"
             yield Violation(job.name, rule, remedy)
-        if "max_bytes" not in job.literals:
-            rule = "it does not say how large a file may leave"
-            yield Violation(job.name, rule, "give it max_bytes")
+    elif owner is not main:
+        rule += f", a store of {owner.name!r}"
+        yield Violation(job.name, rule, "write to the own store")
+    elif flow.name not in federation.released:
+        rule += ", and may not leave"
+        remedy = f"write to the own store; released are {sorted(federation.released)}"
+        yield Violation(job.name, rule, remedy)
+    elif flow.store != party.outbox or not flow.path.startswith(released):
+        remedy = f"use {released} of its outbox {party.outbox!r}"
+        yield Violation(job.name, rule, remedy)
 
 
-def _updates(job: Job, federation: Federation) -> dict[Flow, list[str]]:
-    """Reads of what silos released: {read: [key, run, step] of its folder}."""
-    stores = {silo.outbox for silo in federation.silos}
-    prefix = f"{UPDATES}/"
-    return {
-        flow: flow.path.removeprefix(prefix).split("/")
-        for flow in job.reads
-        if flow.store in stores and flow.path.startswith(prefix)
-    }
+def _check_silo(job: Job, party: Party, federation: Federation) -> Iterator[Violation]:
+    """A silo's job says whose it is, which numbers leave, and how large a file."""
+    said = job.literals.get("silo")
+    if said != party.key:
+        rule = f"it is told that it is silo {said!r}, and runs at {party.key!r}"
+        yield Violation(job.name, rule, "run each silo's jobs on its own compute")
+    if not any(flow.store == party.outbox for flow in job.writes):
+        return
+    if not {"metrics", "max_bytes"} <= job.literals.keys():
+        rule = "it does not say which numbers leave, and how large a file"
+        yield Violation(job.name, rule, "give it the inputs metrics and max_bytes")
+    names = set(job.literals.get("metrics", "").split(",")) - {""}
+    if extra := sorted(names - federation.metrics):
+        rule = f"it lets the numbers {extra} out"
+        remedy = f"on the allow-list are {sorted(federation.metrics)}"
+        yield Violation(job.name, rule, remedy)
 
 
 def _check_gather(job: Job, federation: Federation) -> Iterator[Violation]:
-    """What gathers, gathers one update of each silo, all of its own round."""
-    updates = _updates(job, federation)
+    """What reads updates, reads one of each silo, all of its own round."""
+    updates = [flow for flow in job.reads if flow.path.startswith(f"{UPDATES}/")]
     if not updates and job.kind not in ("aggregate", "collect"):
         return
-    keys = [parts[0] for parts in updates.values()]
+    parts = [flow.path.split("/")[2:] for flow in updates]
     silos = {silo.key: silo for silo in federation.silos}
-    if sorted(keys) != sorted(silos):
-        rule = f"it gathers from {sorted(keys)}, not once from each of {sorted(silos)}"
-        yield Violation(job.name, rule, "give it one update of each silo")
-    step = "scores" if job.kind == "collect" else job.literals.get("round", "?")
-    step = step.zfill(4) if step.isdigit() else step
-    for flow, parts in updates.items():
-        key = parts[0]
-        if flow.name != f"update_{key}" or flow.store != silos.get(key, _NOBODY).outbox:
-            rule = f"{flow.name} is the update of {key!r}"
+    if sorted(part[0] for part in parts) != sorted(silos):
+        rule = f"it gathers from {sorted(part[0] for part in parts)}"
+        yield Violation(job.name, rule, f"once from each of {sorted(silos)}")
+    step = "scores" if job.kind == "collect" else job.literals.get("round", "").zfill(4)
+    for flow, (key, *rest) in zip(updates, parts, strict=True):
+        outbox = silos[key].outbox if key in silos else ""
+        if flow.name != f"update_{key}" or flow.store != outbox:
+            rule = f"its input {flow.name} is the update of {key!r}"
             yield Violation(job.name, rule, "give each input its own silo's update")
-        if len(parts) != 3 or parts[2] != step:
-            rule = f"{flow.name} is {flow.path!r}, not of {step!r}"
+        if rest[1:] != [step]:
+            rule = f"{flow.name} is {flow.path!r}, not of its round, {step!r}"
             yield Violation(job.name, rule, "gather the updates of the same round")
 
 
-_NOBODY = Party("", "", "")
-
-
 def _check_places(plan: Plan) -> Iterator[Violation]:
-    """No two writes meet, and no read by path meets a write of this plan."""
-    taken: dict[tuple[str, str], str] = {}  # folders written, and all that hold them
-    exact: dict[tuple[str, str], str] = {}
+    """No two writes meet, and no read meets a write that it does not wait for."""
+    exact, inside = dict[str, str](), dict[str, str]()
     for job in plan.jobs:
-        for flow in job.writes:
-            parts = flow.path.split("/")
-            above = [(flow.store, "/".join(parts[:n])) for n in range(1, len(parts))]
-            here = (flow.store, flow.path)
-            other = taken.get(here) or next((exact[a] for a in above if a in exact), "")
+        for flow in filter(_in_store, job.writes):
+            name, folders = f"{job.name}.{flow.name}", _above(flow)
+            other = inside.get(folders[-1]) or _first(exact, folders)
             if other:
-                rule = f"{flow.name} writes where {other} does, {flow.path!r}"
+                rule = f"{flow.name} writes where {other} does: {flow.path!r}"
                 yield Violation(job.name, rule, "give each output its own folder")
-            taken |= dict.fromkeys([here, *above], f"{job.name}.{flow.name}")
-            exact[here] = f"{job.name}.{flow.name}"
+            exact[folders[-1]] = name
+            inside |= dict.fromkeys(folders, name)
     for job in plan.jobs:
-        for flow in job.reads:
-            parts = flow.path.split("/")
-            around = [
-                (flow.store, "/".join(parts[:n])) for n in range(1, len(parts) + 1)
-            ]
-            meets = next((exact[a] for a in around if a in exact), "")
-            meets = meets or taken.get((flow.store, flow.path), "")
-            if meets and meets != f"{flow.producer}.{flow.output}":
-                rule = f"{flow.name} reads what {meets} writes, without waiting for it"
+        for flow in filter(_in_store, job.reads):
+            folders = _above(flow)
+            other = inside.get(folders[-1]) or _first(exact, folders)
+            if other and other != f"{flow.producer}.{flow.output}":
+                rule = f"{flow.name} reads what {other} writes, without waiting for it"
                 yield Violation(job.name, rule, "bind the input to that output")
 
 
-def _check_once(plan: Plan) -> Iterator[Violation]:
-    """Every released output reaches one job, not none and not two."""
-    readers: dict[tuple[str, str], list[str]] = {}
-    for job in plan.jobs:
-        for flow in job.reads:
-            readers.setdefault((flow.producer, flow.output), []).append(job.name)
+def _in_store(flow: Flow) -> bool:
+    return bool(flow.store)
+
+
+def _above(flow: Flow) -> list[str]:
+    """A folder's place, and those of all that hold it, from the outside in."""
+    parts = [flow.store, *flow.path.split("/")]
+    return ["/".join(parts[:n]) for n in range(2, len(parts) + 1)]
+
+
+def _first(found: Mapping[str, str], keys: Iterable[str]) -> str:
+    return next((found[key] for key in keys if key in found), "")
+
+
+def _check_released(plan: Plan) -> Iterator[Violation]:
+    """What a silo releases in this plan reaches one job, not none and not two."""
+    readers = [(f.producer, f.output) for job in plan.jobs for f in job.reads]
     for job in plan.jobs:
         for flow in job.writes:
-            found = readers.get((job.name, flow.name), [])
-            if _below(flow.path, UPDATES) and len(found) != 1:
-                rule = f"{flow.name} reaches {len(found)} jobs, {found[:3]}"
+            count = readers.count((job.name, flow.name))
+            if flow.path.startswith(f"{UPDATES}/") and count != 1:
+                rule = f"{flow.name} is read by {count} jobs"
                 yield Violation(job.name, rule, "one job gathers each update, once")

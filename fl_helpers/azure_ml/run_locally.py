@@ -1,8 +1,9 @@
 """Runs a plan on this machine: each job a process in a sandbox, a folder per datastore.
 
-The same scripts, from the same code snapshots, with the same arguments as on Azure ML.
-Not the same: the environment is this Python, and there are no identities; what a job may
-reach is decided by `check_plan` and held by `fl_helpers.sandbox`. No shell is involved.
+The same scripts run, from the same code snapshots and with the same arguments as on
+Azure ML. What differs: the environment is this Python, and there are no identities; what
+a job may reach is decided by `check_plan` and held by `fl_helpers.sandbox`. There is no
+shell that could interpret a value.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def run(
     check_plan(plan, federation)
     runner = _Runner(plan, federation, Path(folder).resolve(), data or {})
     runner.kind = sandbox_kind or sandbox.available_sandbox()
-    runner.play(workers or len(os.sched_getaffinity(0)), timeout, show)
+    runner.play(workers or os.cpu_count() or 1, timeout, show)
     return runner.result()
 
 

@@ -2,16 +2,12 @@
 
 import functools
 
-import pytest
 import yaml
 
 from fl_helpers.azure_ml import federation, pipeline, plan
 
 from . import hospital
 
-quiet = pytest.mark.filterwarnings(  # the SDK's use of marshmallow
-    "ignore::marshmallow.warnings.Marshmallow4Warning"
-)
 METRICS = ["train_loss", "steps", "test_loss", "test_accuracy"]
 NAMES = ("Hospital A", "Hospital B", "Hospital C")
 

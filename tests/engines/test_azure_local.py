@@ -11,9 +11,6 @@ from fl_helpers.training import norm_entries, zero_variates
 from . import azure_trial, hospital
 
 
-pytestmark = azure_trial.quiet
-
-
 @pytest.fixture
 def federation(tmp_path):
     return azure_trial.read(tmp_path, azure_trial.content(azure_trial.NAMES[:2]))

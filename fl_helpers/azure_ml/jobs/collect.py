@@ -9,11 +9,9 @@ import common
 
 def main() -> None:
     """Check the silos' scores and report them."""
-    args = common.arguments(
-        "report", **{"round": int, "metrics": str, "max_bytes": int, "updates": dict}
-    )
+    args = common.arguments("report", "round= metrics max_bytes=", updates=True)
     found = dict[str, Any]()
-    for _ in common.received(args, common.read_run(), {}, found):
+    for _ in common.receive(args, common.read_run(), {}, found):
         pass
     common.report(args.report, args.round, found)
 

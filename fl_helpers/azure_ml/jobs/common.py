@@ -1,19 +1,19 @@
-"""What the jobs share: the run that they belong to, and a silo's private log.
-
-All of this folder, `run.json` and the files of `fl_helpers` are one code snapshot.
-"""
+"""What the jobs share. With `run.json` and the files of `fl_helpers` beside it, this
+folder is the code snapshot that `pipeline.write_snapshots` writes."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
 import os
+import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # the number of threads changes the last bits
 
 @dataclass(frozen=True)
 class Run:
-    """The content of `run.json`, as `pipeline.write_snapshot` wrote it.
+    """The content of `run.json`.
 
     silos: {key: name}. entries: {name: [shape, dtype]} of the model's state, in the
     model's order. The other fields are as in `pipeline.build_pipeline`.
@@ -43,6 +43,7 @@ class Run:
     entries: dict[str, list[Any]]
     keep_local: list[str]
     client: str
+    prepare: str
     settings: dict[str, Any]
     evaluate: bool
     aggregate: str
@@ -58,17 +59,33 @@ class Run:
             if (name in self.keep_local) == kept
         }
 
+    def in_order(self, params: Mapping[str, Any]) -> exchange.Params:
+        """The model's own order of entries: a rule may add up, and the order shows."""
+        return {name: params[name] for name in self.entries if name in params}
+
     def load_client(self, data: Path, key: str) -> Client:
         """The silo's own functions; ValueError if the data are another silo's."""
-        place = self.client
-        if place.split(":")[0].endswith(".py"):
-            place = str(HERE / place)
-        client = load_client(place, data, self.settings)
-        if client.silo.name != self.silos[key]:
-            raise ValueError(
-                f"the data are of {client.silo.name!r}, this is {self.silos[key]!r}"
-            )
+        client, silo = load_client(_here(self.client), data, self.settings), self.silos
+        if client.silo.name != silo[key]:
+            raise ValueError(f"data of {client.silo.name!r}; this is {silo[key]!r}")
         return client
+
+    def load_prepare(self) -> Callable[[Path, Path, dict[str, Any]], None]:
+        place, _, name = _here(self.prepare).rpartition(":")
+        if place.endswith(".py"):
+            return runpy.run_path(place)[name]
+        return getattr(importlib.import_module(place), name)
+
+    def read_state(self, args: Namespace, ledger: exchange.Ledger) -> exchange.Params:
+        """The global model after `args.round` rounds, and the silo's own entries."""
+        index = args.round
+        params = exchange.read_model(
+            args.model, self.expected(), round_index=index, ledger=ledger
+        )
+        if self.keep_local:
+            own = self.expected(kept=True)
+            params |= exchange.read_model(args.kept, own, round_index=index, silo=KEPT)
+        return self.in_order(params)
 
     def rule(self, params: exchange.Params) -> Any:
         """The aggregation, standing at the shared entries of the model."""
@@ -77,53 +94,53 @@ class Run:
 
 
 def read_run() -> Run:
-    """The run of this code snapshot."""
+    """The run that this code snapshot belongs to."""
     return Run(**json.loads((HERE / "run.json").read_text(encoding="utf-8")))
 
 
-def arguments(*folders: str, **others: type) -> argparse.Namespace:
-    """Read the command line: `--name folder` for each; ends with a dash: may be absent."""
+def _here(entry: str) -> str:
+    """A function's place; a file's is this folder."""
+    return str(HERE / entry) if entry.split(":")[0].endswith(".py") else entry
+
+
+def arguments(folders: str, values: str = "", updates: bool = False) -> Namespace:
+    """Read the command line. Names with a "?" may be absent, values are texts or, if
+    they end in "=", integers; updates: key=folder for each silo."""
     parser = argparse.ArgumentParser()
-    for name in folders:
-        required = not name.endswith("-")
-        parser.add_argument(f"--{name.rstrip('-')}", type=Path, required=required)
-    for name, kind in others.items():
-        nargs = "+" if kind is dict else None
-        read = _pair if kind is dict else kind
-        parser.add_argument(f"--{name}", type=read, nargs=nargs, required=True)
+    for name in folders.split():
+        must = not name.endswith("?")
+        parser.add_argument(f"--{name.rstrip('?')}", type=_folder, required=must)
+    for name in values.split():
+        kind = int if name.endswith("=") else str
+        parser.add_argument(f"--{name.rstrip('=')}", type=kind, required=True)
+    if updates:
+        parser.add_argument("--updates", nargs="+", required=True)
     return parser.parse_args()
 
 
-def _pair(text: str) -> tuple[str, Path]:
-    key, _, folder = text.partition("=")
-    return key, Path(folder)
+def _folder(text: str) -> Path:
+    return Path(text).resolve()
 
 
-@contextmanager
-def privately(folder: Path, what: str) -> Iterator[None]:
-    """Send all that is printed within to `log.txt` in folder, a silo's own store.
+def run_privately(folder: Path, what: str, job: Callable[[], None]) -> None:
+    """Do a silo's job; all that it prints goes to `log.txt` in folder, its own store.
 
-    What a job prints leaves the silo: Azure ML keeps it in the workspace's store. Of an
-    error, only its type is printed, for its text may name a patient.
+    What a job prints, and what it writes to `outputs/` where it starts, would leave the
+    silo: Azure ML keeps it in the workspace's store. Of an error only the type leaves,
+    for its text may name a patient. Ends the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    failed = ""
-    with (folder / "log.txt").open("ab", buffering=0) as log:
-        sys.stdout.flush(), sys.stderr.flush()
-        outside = [os.dup(1), os.dup(2)]
-        try:
-            os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            yield
-        except BaseException as error:
-            traceback.print_exc()
-            failed = type(error).__name__
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            for number, copy in enumerate(outside, start=1):
-                os.dup2(copy, number), os.close(copy)
-    if failed:
-        sys.exit(f"{what}: {failed}; its text stays in the silo, in private/log.txt")
-    print(f"{what}: done")
+    outside, log = os.dup(1), os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)  # for good: threads and exit handlers print, too
+    os.chdir(folder)
+    try:
+        job()
+        said, code = "done", 0
+    except BaseException as error:
+        traceback.print_exc()
+        said, code = f"{type(error).__name__}; more in the silo, private/log.txt", 1
+    os.write(outside, f"{what}: {said}\n".encode())
+    sys.exit(code)
 
 
 def test(client: Client, params: exchange.Params) -> dict[str, float]:
@@ -133,42 +150,39 @@ def test(client: Client, params: exchange.Params) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def limits(metrics: str, max_norm: float | None, max_bytes: int) -> exchange.Limits:
-    """What may leave a silo. metrics: names with commas between."""
-    allowed = frozenset(name for name in metrics.split(",") if name)
-    return exchange.Limits(max_norm=max_norm, metrics=allowed, max_bytes=max_bytes)
+def limits(args: Namespace, max_norm: float | None = None) -> exchange.Limits:
+    """What may leave a silo, as the plan says it."""
+    return exchange.Limits(
+        max_norm=max_norm,
+        metrics=frozenset(args.metrics.split(",")) - {""},
+        max_bytes=args.max_bytes,
+    )
 
 
-def in_order(params: Mapping[str, Any], run: Run) -> exchange.Params:
-    """The model's own order of entries: a rule may add up, and the order shows."""
-    return {name: params[name] for name in run.entries if name in params}
-
-
-def received(
-    args: argparse.Namespace, run: Run, what: exchange.Params, found: dict[str, Any]
+def receive(
+    args: Namespace, run: Run, expected: exchange.Params, found: dict[str, Any]
 ) -> Iterator[exchange.ReceivedUpdate]:
     """Updates, checked, in the order of the silos' names; found: gets their metrics."""
     ledger = exchange.Ledger(args.report / "ledger.jsonl")
-    allowed = limits(args.metrics, run.max_norm, args.max_bytes)
-    folders = {run.silos[key]: folder for key, folder in args.updates}
-    for silo in sorted(folders):
+    pairs = [update.split("=", 1) for update in args.updates]
+    for silo, folder in sorted((run.silos[key], folder) for key, folder in pairs):
         update = exchange.read_update(
-            folders[silo],
-            what,
+            folder,
+            expected,
             silo=silo,
             round_index=args.round,
-            limits=allowed,
+            limits=limits(args, run.max_norm),
             ledger=ledger,
         )
         found[silo] = update.metrics
-        yield replace(update, params=in_order(update.params, run))
+        yield replace(update, params=run.in_order(update.params))
 
 
 def report(folder: Path, round_index: int, found: dict[str, dict[str, float]]) -> None:
-    """Write metrics to `metrics.jsonl`, and to MLflow if Azure ML listens.
+    """Write the silos' metrics to `metrics.jsonl`, and to MLflow on Azure ML.
 
     Tests of a round are of the model that it began with. MLflow gets "silo/metric" at
-    step `round_index`, on the run of the whole pipeline.
+    step `round_index`, in the run of the whole pipeline.
     """
     lines = [
         {"round": round_index, "silo": silo, "metric": metric, "value": value}
@@ -183,13 +197,12 @@ def report(folder: Path, round_index: int, found: dict[str, dict[str, float]]) -
         client = mlflow.MlflowClient()
         run = os.environ.get("AZUREML_ROOT_RUN_ID") or os.environ["MLFLOW_RUN_ID"]
         for line in lines:
-            key = f"{line['silo']}/{line['metric']}"
-            client.log_metric(run, key, line["value"], step=round_index)
+            name = f"{line['silo']}/{line['metric']}"
+            client.log_metric(run, name, line["value"], step=round_index)
 
 
 def save_memory(folder: Path, rule: Any) -> None:
     """Write what a server rule remembers, into the orchestrator's own store."""
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(rule.state_dict(), folder / MEMORY)
 
 

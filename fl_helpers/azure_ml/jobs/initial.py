@@ -13,11 +13,8 @@ from fl_helpers import exchange
 
 def main() -> None:
     """Write the model of this snapshot as one that has done 0 rounds."""
-    args, run = (
-        common.arguments("next_model", "kept-", "next_memory-"),
-        common.read_run(),
-    )
-    params = common.in_order(load_file(common.HERE / common.INITIAL), run)
+    args, run = common.arguments("next_model kept? next_memory?"), common.read_run()
+    params = run.in_order(load_file(common.HERE / common.INITIAL))
     shared = {name: params[name] for name in run.expected()}
     exchange.write_model(args.next_model, shared, round_index=0)
     if args.kept:
