@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_helpers.azure_ml.federation import Federation, Party
-from fl_helpers.azure_ml.plan import Flow, Job, Plan, check_plan
+from fl_helpers.azure_ml.plan import Flow, Plan, check_plan
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def explain_plan(plan: Plan, federation: Federation) -> Explanation:
     runs_in = sorted({job.environment for job in plan.jobs})
     text = [
         f"# What leaves each silo: {federation.project}",
-        f"{len(plan.jobs)} jobs, in {len(rows)} silos and at the orchestrator. Checked: "
-        "no job reads another silo's store or update, and nothing but what is listed "
-        "here leaves a silo. Byte counts are limits that the jobs enforce.",
+        f"{len(plan.jobs)} jobs, in {len(rows)} silos and at the orchestrator. "
+        "Checked: no job reads another silo's store or update, and nothing but what is "
+        "listed here leaves a silo. Byte counts are limits that the jobs enforce.",
         *tables,
         "## Code and environment",
         "The jobs run the code that was read for this document, if these agree:",
@@ -113,7 +113,11 @@ def draw_plan(plan: Plan, federation: Federation) -> Any:
     import matplotlib.pyplot as plt
 
     column = _columns(plan)
-    lanes = [federation.orchestrator, *federation.silos]
+    strangers = {j.compute for j in plan.jobs} - {p.compute for p in federation.parties}
+    lanes = [
+        *federation.parties,
+        *(Party(name, name, "") for name in sorted(strangers)),
+    ]
     row = {party.compute: -k for k, party in enumerate(lanes)}
     at = {job.name: (column[job.name], row[job.compute]) for job in plan.jobs}
     width = max(column.values()) + 1

@@ -1,8 +1,8 @@
 """Reads the plan of a run, and refuses every flow of data that is not allowed.
 
 The plan is what would be sent: `job._to_dict()`, or the file that `job.dump` wrote. It
-is read without the SDK and fail-closed: what this file does not know is refused. Who may
-do what, and `check_plan` has the other rules:
+is read without the SDK and fail-closed: what this file does not know is refused. Who
+may do what, and `check_plan` has the other rules:
 
 - a silo's job reads its own store, and `fl/models` of the orchestrator's, made there;
 - it writes below `fl/` of its own store, and what is on the list of released outputs

@@ -1,9 +1,9 @@
 """Runs a plan on this machine: each job a process in a sandbox, a folder per datastore.
 
 The same scripts run, from the same code snapshots and with the same arguments as on
-Azure ML. What differs: the environment is this Python, and there are no identities; what
-a job may reach is decided by `check_plan` and held by `fl_helpers.sandbox`. There is no
-shell that could interpret a value.
+Azure ML. What differs: the environment is this Python, and there are no identities;
+what a job may reach is decided by `check_plan` and held by `fl_helpers.sandbox`. There
+is no shell that could interpret a value.
 """
 
 from __future__ import annotations

@@ -48,11 +48,15 @@ def read(folder, found):
     return federation.read_federation(folder / "silos.yaml")
 
 
-def build(fed, params, folder, **more):
-    """The plan of a run; 2 rounds and seed 0 if nothing else is said."""
+def job(fed, params, folder, **more):
+    """The graph of a run; 2 rounds and seed 0 if nothing else is said."""
     more = {"run": "trial", "rounds": 2, "seed": 0} | more
-    job = pipeline.build_pipeline(fed, params, folder, **more)
-    return plan.read_plan(job._to_dict())
+    return pipeline.build_pipeline(fed, params, folder, **more)
+
+
+def build(fed, params, folder, **more):
+    """The plan of it."""
+    return plan.read_plan(job(fed, params, folder, **more)._to_dict())
 
 
 @functools.cache
