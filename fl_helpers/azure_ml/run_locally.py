@@ -107,6 +107,11 @@ class _Runner:
         return self.folder / "stores" / flow.store / flow.path
 
     def play(self, workers: int, timeout: float, show: Callable[[str], None]) -> None:
+        needed = {
+            self.local(f) for j in self.plan.jobs for f in j.reads if not f.producer
+        }
+        if missing := sorted(str(path) for path in needed if not path.is_dir()):
+            raise RunError(f"there is nothing at {missing}; name each silo in `data`")
         left, running = list(self.plan.jobs), dict[str, tuple[Any, float]]()
         try:
             while left or running:
@@ -159,9 +164,6 @@ class _Runner:
         work = self.folder / "work" / job.name
         reads = {flow.name: self.local(flow) for flow in job.reads}
         writes = {flow.name: self.local(flow) for flow in job.writes}
-        for flow in job.reads:
-            if not reads[flow.name].is_dir():
-                raise RunError(f"{job.name}: nothing at {reads[flow.name]}")
         for path in [work, *writes.values()]:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
@@ -173,6 +175,7 @@ class _Runner:
             read=[job.code, *reads.values()],
             write=[work, *writes.values()],
             kind=self.kind,
+            network=False,
         )
         environment = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
         environment |= {"HOME": str(work), "TMPDIR": str(work), "OMP_NUM_THREADS": "1"}
