@@ -1,0 +1,145 @@
+"""The Azure ML workspace: connect, send a run, wait for it, download the model.
+
+Nothing is sent that `plan.check_plan` refuses, and telemetry is always off. What is in
+the workspace is looked at by `preflight`. `azure-ai-ml` is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fl_helpers import exchange
+from fl_helpers.azure_ml.federation import Federation
+from fl_helpers.azure_ml.plan import check_plan, read_plan
+from fl_helpers.azure_ml.problems import AzureProblem, in_plain_words
+
+LAST = ("Completed", "Failed", "Canceled")
+
+
+def is_configured(federation: Federation) -> bool:
+    """Whether `silos.yaml` names a subscription, not the zeros of the example."""
+    return not set(federation.workspace.subscription_id) <= {"0", "-"}
+
+
+@functools.cache
+def sign_in() -> Any:
+    """Who you are: environment, managed identity, `az login`, or else the browser."""
+    from azure.identity import DefaultAzureCredential
+
+    return DefaultAzureCredential(exclude_interactive_browser_credential=False)
+
+
+def connect(federation: Federation, *, credential: Any = None) -> Any:
+    """Connect to the federation's workspace; returns azure-ai-ml's `MLClient`.
+
+    credential: of azure-identity; None is `sign_in()`. Raises AzureProblem if you are
+    not signed in, or the workspace is not there or not for you.
+    """
+    from azure.ai.ml import MLClient
+
+    if not is_configured(federation):
+        raise AzureProblem(
+            "silos.yaml names no subscription yet; fill in azure_ml.workspace: "
+            "docs/azure-ml.md has the way from an empty subscription"
+        )
+    logging.getLogger("azure.ai.ml._utils._experimental").setLevel(logging.ERROR)
+    space = federation.workspace
+    place = space.subscription_id, space.resource_group, space.name
+    client = MLClient(credential or sign_in(), *place, enable_telemetry=False)
+    with in_plain_words(f"workspace {space.name!r}"):
+        client.workspaces.get(space.name)
+    return client
+
+
+def submit(client: Any, job: Any, federation: Federation) -> Any:
+    """Check the plan of a job, then send it; returns what Azure ML made of it.
+
+    job: of `pipeline.build_pipeline`. Sending changes it: build it anew for any other
+    use. The run's name becomes the job's, so that a second one with it is refused. The
+    result has `name` and `studio_url`. Raises PlanRefused before anything is sent, or
+    AzureProblem.
+    """
+    check_plan(read_plan(job._to_dict()), federation)
+    job.name = job.name or job.display_name
+    with in_plain_words(f"run {job.name!r}"):
+        return client.jobs.create_or_update(job)
+
+
+def wait(
+    client: Any,
+    name: str,
+    *,
+    poll: float = 15,
+    timeout: float = 86_400,
+    show_progress: bool = True,
+) -> None:
+    """Wait until a run is completed, with a bar over its jobs.
+
+    poll, timeout: seconds. An interrupt ends the waiting, not the run. Raises
+    AzureProblem if the run fails, with the names of the jobs that did, or if it is not
+    over in time.
+    """
+    end = time.monotonic() + timeout
+    with tqdm(desc=name, unit="job", disable=not show_progress) as bar:
+        while True:
+            job, jobs = _look_at(client, name)
+            running = [key for key, status in jobs.items() if status == "Running"]
+            bar.total, bar.n = len(job.jobs), list(jobs.values()).count("Completed")
+            bar.set_postfix_str(", ".join(running[:4]) or job.status)
+            if job.status in LAST:
+                break
+            if time.monotonic() > end:
+                raise AzureProblem(
+                    f"run {name!r} is not over after {timeout} s, but goes on; wait "
+                    "again, or stop it with client.jobs.begin_cancel(name)"
+                )
+            time.sleep(poll)
+    if job.status != "Completed":
+        failed = [key for key, status in jobs.items() if status in LAST[1:]]
+        raise AzureProblem(
+            f"run {name!r} is {job.status}; jobs that did not end well: {failed}; "
+            f"{job.studio_url} has their logs, but what a silo's job said stays in its "
+            f"own store, in fl/private/{name}/"
+        )
+
+
+def _look_at(client: Any, name: str) -> tuple[Any, dict[str, str]]:
+    """A run, and {job: status}. A job is listed once it has been queued."""
+    with in_plain_words(f"run {name!r}"):
+        job = client.jobs.get(name)
+        found = client.jobs.list(parent_job_name=name)
+        return job, {child.display_name: child.status for child in found}
+
+
+def download_model(
+    client: Any,
+    name: str,
+    folder: str | Path,
+    expected: Mapping[str, Tensor],
+    *,
+    output: str = "final_model",
+) -> exchange.Params:
+    """Download the global model of a run that is completed, and check it.
+
+    folder: where its files go. expected: entries of your own model, for names, shapes
+    and dtypes, without those that stay in the silos. Needs the right to read the
+    orchestrator's store. Raises AzureProblem, or `exchange.Refused`.
+    """
+    with in_plain_words(f"the model of run {name!r}"):
+        client.jobs.download(name, download_path=str(folder), output_name=output)
+    found = Path(folder) / "named-outputs" / output
+    if not (found / exchange.MODEL).exists():
+        raise AzureProblem(
+            f"run {name!r} has nothing in its output {output!r}; was it completed, and "
+            "may you read the orchestrator's store (`Storage Blob Data Reader`)?"
+        )
+    params = exchange.read_model(found, expected)
+    return {key: params[key] for key in expected}
