@@ -160,8 +160,11 @@ def _read_values(path: Path) -> dict[str, str]:
             raise ValueError(f"line {line}: {key} is given twice")
         if type(value) is not str or not re.fullmatch(shape, value, re.ASCII):
             raise ValueError(f"line {line}: {key} must match {shape}, got {value!r}")
-        if ".." in value.split("/") and _general(key) == "silos[].azure_ml.data":
-            raise ValueError(f"line {line}: {key} leaves its datastore: {value!r}")
+        if key.endswith(".data") and {".", "..", "fl"} & set(value.split("/")):
+            raise ValueError(
+                f"line {line}: {key} must be a folder of its own, got {value!r}; runs "
+                "write to fl/"
+            )
         found[key] = value
     return found
 

@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from azure.ai.ml import Input, Output, command, dsl
-from azure.ai.ml.entities import Environment, PipelineJob
+from azure.ai.ml.entities import (
+    Environment,
+    JobResourceConfiguration,
+    PipelineJob,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,6 +76,10 @@ def build_pipeline(
     """
     first, keep_local = warm_start[1] if warm_start else 0, sorted(set(keep_local))
     _check(federation, params, run, first, rounds, keep_local, final and evaluate)
+    client = client or federation.client
+    for name, entry in (("client", client), ("prepare", prepare)):
+        if entry and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", entry):
+            raise ValueError(f"{name} must be module:function or file.py:function")
     make_aggregate(aggregate, params, trainable, options)
     content = {
         "silos": {silo.key: silo.name for silo in federation.silos},
@@ -80,7 +88,7 @@ def build_pipeline(
             for name, value in params.items()
         },
         "keep_local": keep_local,
-        "client": client or federation.client,
+        "client": client,
         "prepare": prepare,
         "settings": dict(settings or {}),
         "evaluate": evaluate,
@@ -302,7 +310,8 @@ class _Graph:
         for output, where in outputs.items():
             node.outputs[output] = where
         if party.instance_type:
-            node.set_resources(instance_type=party.instance_type)
+            # Not set_resources: all jobs of a kind would share them.
+            node.resources = JobResourceConfiguration(instance_type=party.instance_type)
         return node.outputs
 
 
@@ -370,7 +379,10 @@ def _check(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", run):
         raise ValueError(f"run must be letters, digits, _ and -, got {run!r}")
     if rounds < 1 or not 0 <= first <= rounds or (first == rounds and not final):
-        raise ValueError(f"rounds must be >= 1 and > {first}, as many are done already")
+        raise ValueError(
+            f"rounds must be >= 1 and >= {first}, as many are done; more than these, "
+            f"unless the model is tested; got {rounds}"
+        )
     unknown = sorted(set(keep_local) - params.keys())
     if unknown or len(keep_local) == len(params):
         raise ValueError(
