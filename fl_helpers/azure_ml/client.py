@@ -90,11 +90,11 @@ def wait(
     end = time.monotonic() + timeout
     with tqdm(desc=name, unit="job", disable=not show_progress) as bar:
         while True:
-            job, jobs = _look_at(client, name)
-            running = [key for key, status in jobs.items() if status == "Running"]
+            job, status, jobs = _look_at(client, name)
+            running = [key for key, state in jobs.items() if state == "Running"]
             bar.total, bar.n = len(job.jobs), list(jobs.values()).count("Completed")
-            bar.set_postfix_str(", ".join(running[:4]) or job.status)
-            if job.status in LAST:
+            bar.set_postfix_str(", ".join(running[:4]) or status)
+            if status in LAST:
                 break
             if time.monotonic() > end:
                 raise AzureProblem(
@@ -102,21 +102,22 @@ def wait(
                     "again, or stop it with client.jobs.begin_cancel(name)"
                 )
             time.sleep(poll)
-    if job.status != "Completed":
-        failed = [key for key, status in jobs.items() if status in LAST[1:]]
+    if status != "Completed":
+        failed = [key for key, state in jobs.items() if state in LAST[1:]]
         raise AzureProblem(
-            f"run {name!r} is {job.status}; jobs that did not end well: {failed}; "
+            f"run {name!r} is {status}; jobs that did not end well: {failed}; "
             f"{job.studio_url} has their logs, but what a silo's job said stays in its "
             f"own store, in fl/private/{name}/"
         )
 
 
-def _look_at(client: Any, name: str) -> tuple[Any, dict[str, str]]:
-    """A run, and {job: status}. A job is listed once it has been queued."""
+def _look_at(client: Any, name: str) -> tuple[Any, str, dict[str, str]]:
+    """A run, its status, and {job: status}; a job is listed once it is queued."""
     with in_plain_words(f"run {name!r}"):
         job = client.jobs.get(name)
         found = client.jobs.list(parent_job_name=name)
-        return job, {child.display_name: child.status for child in found}
+        jobs = {child.display_name: str(child.status) for child in found}
+    return job, str(getattr(job.status, "value", job.status)), jobs
 
 
 def download_model(

@@ -87,7 +87,7 @@ def explain(error: Exception) -> str:
     if status == 401 or isinstance(error, ClientAuthenticationError):
         return "you are not signed in; `az login`, then try again"
     if status == 404:
-        return "it is not there; correct silos.yaml, or create it: docs/azure-ml.md"
+        return "it is not there; correct the name, or create it: docs/azure-ml.md"
     if isinstance(error, ServiceRequestError):
         return "Azure cannot be reached; look at the network, the proxy and DNS"
     return f"Azure refuses: {text[:2000]}"

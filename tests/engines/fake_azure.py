@@ -25,6 +25,7 @@ PROVIDERS = "/providers/Microsoft.MachineLearningServices"
 WHEN = "2026-11-01T00:00:00Z"
 BLOB = {"Last-Modified": "Sun, 01 Nov 2026 00:00:00 GMT", "ETag": '"1"'}
 Call = namedtuple("Call", "method path query body headers")
+OWN = "workspaceblobstore"  # the workspace's default datastore
 MODES = {"ReadOnlyMount": "ro_mount", "ReadWriteMount": "rw_mount", "Upload": "upload"}
 ASSETS = "codes|environments|components"
 SIZE = {"name": "Standard_DS3_v2", "family": "standardDSv2Family", "vCPUs": 4}
@@ -111,14 +112,13 @@ class FakeAzure:
         if "/history/v1.0/" in path or "/data/v1.0/" in path:
             return self.history(call, below)
         if found := re.fullmatch(r"(computes|datastores)/([^/]+)", below):
-            known = getattr(self, found[1])
+            known = getattr(self, found[1]) | {OWN: datastore("workspace", OWN)}
             if found[2] not in known:
                 return failure(404, "UserError", f"{found[2]} was not found")
             return 200, {"id": path, "name": found[2], **known[found[2]]}
         if found := re.fullmatch(r"datastores", below):
-            default = datastore("workspacestore", "default")
-            default["properties"]["isDefault"] = True
-            return 200, {"value": [{"name": "workspaceblobstore", **default}]}
+            about = {"id": f"{path}/{OWN}", "name": OWN, **datastore("workspace", OWN)}
+            return 200, {"value": [about]}
         if found := re.fullmatch(rf"({ASSETS})/([^/]+)/versions(/[^/]+)?(/.*)?", below):
             return self.asset(call, *found.groups())
         if found := re.fullmatch(r"jobs/([^/]+)(/cancel)?", below):
@@ -194,7 +194,7 @@ class FakeAzure:
         if below == "rundata":
             name = json.loads(call.body)["runId"]
             outputs = {
-                key: {"assetId": f"{name}/{key}", "type": "UriFolder"}
+                key: {"assetId": f"{name}/{key}", "type": "uri_folder"}
                 for key in self.jobs[name]["properties"]["outputs"]
             }
             return 200, {"runMetadata": {"runId": name, "outputs": outputs}}
@@ -203,7 +203,7 @@ class FakeAzure:
             for asset in json.loads(call.body)["values"]:
                 name, key = asset.split("/")
                 output = self.jobs[name]["properties"]["outputs"][key]
-                values[asset] = {"uri": output["uri"], "type": "UriFolder"}
+                values[asset] = {"uri": output["uri"], "type": "uri_folder"}
             return 200, {"values": values}
         return None
 
@@ -212,7 +212,7 @@ class FakeAzure:
         method, path, query, body, headers = call
         account, container, name = (path + "//").split("/", 2)
         name = name.strip("/")
-        if query.get("comp") == "list":
+        if query.get("comp") == "list":  # of a container that is there, maybe empty
             prefix = query.get("prefix", "")
             found = {k: v for k, v in self.files(account, container).items()
                      if k.startswith(prefix)}  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.azure_ml import client, plan, run_locally
+from fl_helpers.azure_ml import client, plan
 from fl_helpers.azure_ml.preflight import preflight
 from fl_helpers.azure_ml.problems import AzureProblem
 
@@ -73,9 +73,10 @@ def build(federation, folder, **more):
 
 
 @pytest.mark.engines
-def test_what_is_submitted_runs_to_the_same_bits(
-    azure, connection, federation, data, tmp_path, silos, capfd
+def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
+    azure, connection, federation, tmp_path, silos, capfd
 ):
+    # test_azure_local.py has the same for plans that never left this machine.
     job = build(federation, tmp_path)
     for folder in (tmp_path / "code").rglob("**/"):  # beside every script
         (folder / "patients.csv").write_text("name,diagnosis\n")
@@ -121,20 +122,12 @@ def test_what_is_submitted_runs_to_the_same_bits(
 
     params = azure_trial.model().state_dict()
     final = client.download_model(connection, "trial", tmp_path / "model", params)
-    again = run_locally.run(
-        plan.read_plan(build(federation, tmp_path)._to_dict()),
-        federation,
-        tmp_path / "local",
-        data=data,
-    )
-    here = exchange.read_model(again.model, params)
     update, test = hospital.functions({})
     history = simulation.run_rounds(
         params, silos, update, weighted_average, rounds=2, seed=0, evaluate=test
     )
     for name, value in history.params.items():
-        assert torch.equal(final[name], value) and torch.equal(here[name], value), name
-    assert again.metrics == azure.results["trial"].metrics != []
+        assert torch.equal(final[name], value), name
 
 
 def test_nothing_is_sent_if_the_plan_is_refused(
@@ -154,18 +147,15 @@ def test_a_run_has_a_name_of_its_own(azure, connection, federation, tmp_path):
         client.submit(connection, build(federation, tmp_path, rounds=1), federation)
 
 
-@pytest.mark.engines
-def test_a_job_that_fails_is_named(azure, connection, federation, tmp_path, faults):
-    faults("Hospital B", {0: "raise"})
-    sent = client.submit(connection, build(federation, tmp_path), federation)
-    azure.execute(sent.name)
-    with pytest.raises(
-        AzureProblem, match=r"Failed.*\['train_0000_hospital_b'\]"
-    ) as told:
-        client.wait(connection, sent.name, show_progress=False)
-    assert "patient" not in str(told.value)  # is in the hospital's own error
-    log = azure.folder / "stores/hospital_b/fl/private/trial/train_0000/log.txt"
-    assert "patient_4711" in log.read_text()
+def test_a_job_that_fails_is_named(azure, connection, federation, tmp_path):
+    client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+    azure.jobs["trial"]["properties"]["status"] = "Failed"
+    azure.children["trial"] = {
+        "initial": "Completed",
+        "train_0000_hospital_b": "Failed",
+    }
+    with pytest.raises(AzureProblem, match=r"Failed.*\['train_0000_hospital_b'\]"):
+        client.wait(connection, "trial", show_progress=False)
 
 
 def test_waiting_ends(azure, connection, federation, tmp_path):
@@ -195,8 +185,8 @@ NO_ROLE = (
     "The client 'me' does not have authorization to perform action '{}' over scope"
 )
 CONNECTING = {
-    "no subscription": ("/workspaces/ws$", (404, "SubscriptionNotFound", "")),
-    "resource_group": ("/workspaces/ws$", (404, "ResourceGroupNotFound", "")),
+    "no such subscription": ("/workspaces/ws$", (404, "SubscriptionNotFound", "")),
+    "no such resource group": ("/workspaces/ws$", (404, "ResourceGroupNotFound", "")),
     "workspace 'ws': it is not there": (
         "/workspaces/ws$",
         (404, "ResourceNotFound", ""),
@@ -211,7 +201,6 @@ CONNECTING = {
         (403, "AuthorizationFailed", NO_ROLE.format("M.ML/workspaces/read")),
     ),
 }
-del CONNECTING["no subscription"]
 
 
 @pytest.mark.parametrize("told", CONNECTING)
@@ -367,7 +356,7 @@ def test_a_registered_environment_is_looked_for(azure, federation, tmp_path):
 
 
 NO_TELEMETRY = """
-import socket, sys, threading, IPython
+import os, socket, sys, threading, IPython
 asked = []
 def no_names(host, *_, **__):
     asked.append(host)
@@ -390,7 +379,8 @@ requests.adapters.HTTPAdapter.send = real
 from azure.ai import ml
 getattr(ml, "MLClient")(fake_azure.Credential(), "sub", "rg", "ws")
 assert threading.active_count() > 1, "the control: the default does start threads"
-print("fine")
+print("fine", flush=True)
+os._exit(0)  # the telemetry would still try to send
 """
 
 
