@@ -5,14 +5,13 @@ All of it is read off the plan itself, not off what was meant.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fl_helpers.azure_ml.federation import Federation, Party
-from fl_helpers.azure_ml.plan import Flow, Plan, check_plan
+from fl_helpers.azure_ml.plan import Flow, Plan, check_plan, digest
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ def explain_plan(plan: Plan, federation: Federation) -> Explanation:
         "\n".join([head, *(f"| {key} | {value} |" for key, value in row.items())])
         for head, row in zip(heads, rows, strict=True)
     ]
-    codes = [f"- `{name}`: SHA-256 `{digest}`" for name, digest in _codes(plan)]
+    folders = sorted({Path(job.code) for job in plan.jobs})
+    codes = [f"- `{path.name}`: SHA-256 `{digest(path)}`" for path in folders]
     runs_in = sorted({job.environment for job in plan.jobs})
     text = [
         f"# What leaves each silo: {federation.project}",
@@ -89,19 +89,6 @@ def _folders(flows: Iterable[Flow]) -> str:
         for (store, path), (_, folder) in zip(found, above, strict=True)
     }
     return ", ".join(sorted(shown))
-
-
-def _codes(plan: Plan) -> list[tuple[str, str]]:
-    """(name, SHA-256 over names and contents) of the code snapshots."""
-    found = []
-    for folder in sorted({Path(job.code) for job in plan.jobs}):
-        digest = hashlib.sha256()
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            name = str(path.relative_to(folder)).encode()
-            digest.update(b"%d %s %d " % (len(name), name, path.stat().st_size))
-            digest.update(path.read_bytes())
-        found.append((folder.name, digest.hexdigest()))
-    return found
 
 
 def draw_plan(plan: Plan, federation: Federation) -> Any:

@@ -197,16 +197,12 @@ def _to_federation(found: dict[str, str], here: Path) -> Federation:
     client = found["azure_ml.client"]
     if client.split(":")[0].endswith(".py"):
         client = str(here / client)
-    first = "azure_ml.orchestrator."
-    orchestrator = Party("orchestrator", **_section(found, first))
-    silos = [
-        Party(
-            found[f"silos[{n}].name"],
-            **{"outbox": orchestrator.datastore}
-            | _section(found, f"silos[{n}].azure_ml."),
-        )
-        for n in range(count)
-    ]
+    own = _section(found, "azure_ml.orchestrator.")
+    orchestrator, silos = Party("orchestrator", **own), []
+    for n in range(count):
+        own = {"outbox": orchestrator.datastore}
+        own |= _section(found, f"silos[{n}].azure_ml.")
+        silos.append(Party(found[f"silos[{n}].name"], **own))
     _check_parties(orchestrator, silos)
     return Federation(
         project=found["project"],
@@ -230,22 +226,20 @@ def _listed(found: dict[str, str], key: str) -> frozenset[str]:
 
 def _check_parties(orchestrator: Party, silos: list[Party]) -> None:
     """Nobody shares a name, a compute or a datastore with somebody else."""
-    owners = {(what, getattr(orchestrator, what).lower()): orchestrator.name
-              for what in NAME}  # fmt: skip
-    owners["name", orchestrator.key] = orchestrator.name
-    for n, silo in enumerate(silos):
-        own = {what: getattr(silo, what) for what in NAME} | {"name": silo.key}
-        for what, value in own.items():
-            other = owners.setdefault((what, value.lower()), silo.name)
-            if other is not silo.name:
+    owners: dict[tuple[str, str], Party] = {}
+    for party in (orchestrator, *silos):
+        for what in ("key", "compute", "datastore"):
+            value = getattr(party, what)
+            other = owners.setdefault((what, value.lower()), party)
+            if other is not party:
                 raise ValueError(
-                    f"silos[{n}]: {what} {value!r} is used twice, by {other!r} and "
-                    f"{silo.name!r}; each party needs its own"
+                    f"the {what} {value!r} is used twice, by {other.name!r} and "
+                    f"{party.name!r}; each party needs its own"
                 )
-    for n, silo in enumerate(silos):
-        owner = owners.get(("datastore", silo.outbox.lower()), orchestrator.name)
-        if owner != orchestrator.name:
+    for silo in silos:
+        owner = owners.get(("datastore", silo.outbox.lower()), orchestrator)
+        if owner is not orchestrator:
             raise ValueError(
-                f"silos[{n}].azure_ml.outbox {silo.outbox!r} belongs to {owner!r}; it "
-                "must be one of the orchestrator's datastores"
+                f"the outbox {silo.outbox!r} of {silo.name!r} belongs to "
+                f"{owner.name!r}; it must be a datastore of the orchestrator's"
             )

@@ -57,6 +57,7 @@ def build_pipeline(
     final: bool = True,
     max_norm: float | None = None,
     warm_start: tuple[str, int] | None = None,
+    kept: Mapping[str, tuple[str, int]] | None = None,
 ) -> PipelineJob:
     """Build the jobs of a run. Build anew for each use: submitting changes them.
 
@@ -72,7 +73,9 @@ def build_pipeline(
 
     warm_start: (run, rounds done) to go on from, of the same federation and model; then
     params give names and shapes only, and the graph plays the rounds that are left. If
-    none are, it only tests the model. Raises ValueError for what cannot be run.
+    none are, it only tests the model. kept: {silo's name: (run, rounds done)} of silos
+    that kept their entries elsewhere, as they missed the last rounds.
+    Raises ValueError for what cannot be run.
     """
     first, keep_local = warm_start[1] if warm_start else 0, sorted(set(keep_local))
     _check(federation, params, run, first, rounds, keep_local, final and evaluate)
@@ -109,6 +112,7 @@ def build_pipeline(
         keep=bool(keep_local),
         remember=aggregate in SERVER_RULES,
         prepare=bool(prepare),
+        kept=kept or {},
     )
     return graph.build(first, rounds, warm_start, final and evaluate)
 
@@ -167,6 +171,7 @@ class _Graph:
     keep: bool
     remember: bool
     prepare: bool
+    kept: Mapping[str, tuple[str, int]]
     components: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # {key of a silo: its folder}
 
@@ -201,7 +206,8 @@ class _Graph:
         if self.remember:
             state["memory"] = _input(main, place("memory", run, done))
         for silo in self.federation.silos if self.keep else ():
-            state[silo.key] = _input(silo, place("kept", run, done))
+            where = self.kept.get(silo.name, (run, done))
+            state[silo.key] = _input(silo, place("kept", *where))
         return state
 
     def initial(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ may do what, and `check_plan` has the other rules:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -120,6 +121,15 @@ def read_plan(source: Mapping[str, Any] | str | Path) -> Plan:
     if not isinstance(source, Mapping):
         source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
     return _Reader(source).plan()
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 over the names and contents of the files in a code snapshot."""
+    found, folder = hashlib.sha256(), Path(folder)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, content = path.relative_to(folder).as_posix(), path.read_bytes()
+        found.update(f"{len(name)} {name} {len(content)} ".encode() + content)
+    return found.hexdigest()
 
 
 @dataclass

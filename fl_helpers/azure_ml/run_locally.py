@@ -24,7 +24,7 @@ from typing import Any
 
 from fl_helpers import sandbox
 from fl_helpers.azure_ml.federation import Federation
-from fl_helpers.azure_ml.plan import SLOT, Flow, Job, Plan, check_plan
+from fl_helpers.azure_ml.plan import SLOT, Flow, Job, Plan, check_plan, digest
 from fl_helpers.exchange import read_ledger
 
 
@@ -76,8 +76,8 @@ def run(
     are stopped.
     """
     check_plan(plan, federation)
-    runner = _Runner(plan, federation, Path(folder).resolve(), data or {})
-    runner.kind = sandbox_kind or sandbox.available_sandbox()
+    kind = sandbox_kind or sandbox.available_sandbox()
+    runner = _Runner(plan, federation, Path(folder).resolve(), data or {}, kind)
     runner.play(workers or os.cpu_count() or 1, timeout, show)
     return runner.result()
 
@@ -88,13 +88,13 @@ class _Runner:
     federation: Federation
     folder: Path
     data: Mapping[str, str | Path]
-    kind: str = ""
+    kind: str
 
     def __post_init__(self) -> None:
         self.jobs = {job.name: job for job in self.plan.jobs}
         self.marks: dict[str, str] = {}  # fingerprints of jobs that are done
         self.seconds: dict[str, float] = {}
-        self.code = {job.code: _contents([Path(job.code)]) for job in self.plan.jobs}
+        self.code = {code: digest(code) for code in {j.code for j in self.plan.jobs}}
         for name in ("logs", "done", "work"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -231,7 +231,7 @@ class _Runner:
 def _contents(folders: Iterable[Path]) -> str:
     """Fingerprint of the files in folders, by their names, sizes and times."""
     files = [path for folder in folders for path in sorted(folder.rglob("*"))]
-    found = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    found = [(str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 

@@ -90,6 +90,7 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
 
     said.clear()
     (tmp_path / "done" / "collect.json").unlink()
+    graph = azure_trial.build(federation, params, tmp_path)  # its code written anew
     run_locally.run(graph, federation, tmp_path, **how)
     assert skipped(said) == {job.name for job in graph.jobs} - {"collect"}
 

@@ -59,12 +59,13 @@ def test_silos_are_in_the_order_of_their_names(tmp_path):
         (lambda c: c["silos"][1].update(name=7), r"name must match .* got 7"),
         (
             lambda c: c["silos"][1].update(name="Hospital-A"),
-            "name 'hospital_a' is used",
+            "the key 'hospital_a' is used twice",
         ),
+        (lambda c: c["silos"][1].update(name="Hospital A"), "key 'hospital_a' is used"),
         (lambda c: c["silos"][1].update(name="Orchestrator"), "used twice, by 'orch"),
         (
             lambda c: c["silos"][1]["azure_ml"].update(compute="Hospital-A"),
-            r"silos\[1\]: compute 'Hospital-A' is used twice",
+            "the compute 'Hospital-A' is used twice, by 'Hospital A' and 'Hospital B'",
         ),
         (
             lambda c: c["silos"][1]["azure_ml"].update(datastore="orchestrator"),
@@ -72,7 +73,7 @@ def test_silos_are_in_the_order_of_their_names(tmp_path):
         ),
         (
             lambda c: c["silos"][1]["azure_ml"].update(outbox="hospital_a"),
-            r"silos\[1\].azure_ml.outbox 'hospital_a' belongs to 'Hospital A'",
+            "the outbox 'hospital_a' of 'Hospital B' belongs to 'Hospital A'",
         ),
         (
             lambda c: c["silos"][1]["azure_ml"].update(data="x/../../y"),
@@ -190,6 +191,14 @@ def test_a_quorum_plays_without_the_silo_that_is_missing(fed, params, tmp_path):
         some, params, tmp_path, run="r", rounds=3, warm_start=("r1", 2), final=False
     )
     plan.check_plan(graph, some)
+    back = azure_trial.build(
+        *(fed, params, tmp_path),
+        **{"run": "s", "rounds": 4, "warm_start": ("r", 3), "final": False},
+        **{"keep_local": ["3.bias"], "kept": {"Hospital B": ("r1", 2)}},
+    )
+    plan.check_plan(back, fed)
+    kept = [flow.path for j in back.jobs for flow in j.reads if flow.name == "kept"]
+    assert kept == ["fl/kept/r/0003", "fl/kept/r1/0002", "fl/kept/r/0003"]
     assert {job.compute for job in graph.jobs} == {
         *("hospital-a", "hospital-c", "orchestrator")
     }

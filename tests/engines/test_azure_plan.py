@@ -267,6 +267,8 @@ RULES = {  # name: (where, what is refused, the rule, what is legal there)
     "several machines": (
         "JOB.resources", {"instance_count": 4}, "several machines",
         {"instance_count": 1, "instance_type": "gpu"}),
+    "resources that are no mapping": (
+        "JOB.resources", "gpu", "'gpu' must be a mapping", {}),
     "more rights for the container": (
         "JOB.resources", {"docker_args": "-v /:/host"}, "docker_args", {}),
     "another kind of job": ("JOB.type", "sweep", "it is not a command", "command"),

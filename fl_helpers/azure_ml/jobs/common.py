@@ -84,7 +84,8 @@ class Run:
         )
         if self.keep_local:
             own = self.expected(kept=True)
-            params |= exchange.read_model(args.kept, own, round_index=index, silo=KEPT)
+            # Of whatever round: a silo may have missed some.
+            params |= exchange.read_model(args.kept, own, silo=KEPT)
         return self.in_order(params)
 
     def rule(self, params: exchange.Params) -> Any:
