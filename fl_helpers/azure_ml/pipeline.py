@@ -78,18 +78,13 @@ def build_pipeline(
     Raises ValueError for what cannot be run.
     """
     first, keep_local = warm_start[1] if warm_start else 0, sorted(set(keep_local))
-    _check(federation, params, run, first, rounds, keep_local, final and evaluate)
     client = client or federation.client
-    for name, entry in (("client", client), ("prepare", prepare)):
-        if entry and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", entry):
-            raise ValueError(f"{name} must be module:function or file.py:function")
+    _check_rounds(run, first, rounds, final and evaluate)
+    _check_names(federation, params, keep_local, client=client, prepare=prepare)
     make_aggregate(aggregate, params, trainable, options)
     content = {
         "silos": {silo.key: silo.name for silo in federation.silos},
-        "entries": {
-            name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
-            for name, value in params.items()
-        },
+        "entries": _layout(params),
         "keep_local": keep_local,
         "client": client,
         "prepare": prepare,
@@ -373,15 +368,15 @@ def _component(
     ).component
 
 
-def _check(
-    federation: Federation,
-    params: Mapping[str, Tensor],
-    run: str,
-    first: int,
-    rounds: int,
-    keep_local: Collection[str],
-    final: bool,
-) -> None:
+def _layout(params: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """{name: [shape, dtype]} in the model's order."""
+    return {
+        name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
+        for name, value in params.items()
+    }
+
+
+def _check_rounds(run: str, first: int, rounds: int, final: bool) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", run):
         raise ValueError(f"run must be letters, digits, _ and -, got {run!r}")
     if rounds < 1 or not 0 <= first <= rounds or (first == rounds and not final):
@@ -389,6 +384,14 @@ def _check(
             f"rounds must be >= 1 and >= {first}, as many are done; more than these, "
             f"unless the model is tested; got {rounds}"
         )
+
+
+def _check_names(
+    federation: Federation,
+    params: Mapping[str, Tensor],
+    keep_local: Collection[str],
+    **functions: str,
+) -> None:
     unknown = sorted(set(keep_local) - params.keys())
     if unknown or len(keep_local) == len(params):
         raise ValueError(
@@ -396,3 +399,8 @@ def _check(
         )
     if len(federation.silos) < 2:
         raise ValueError(f"a run needs 2 silos, got {len(federation.silos)}")
+    for name, entry in functions.items():
+        if entry and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", entry):
+            raise ValueError(
+                f"{name} must be module:function or file.py:function, got {entry!r}"
+            )

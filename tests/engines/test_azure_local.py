@@ -57,6 +57,7 @@ def assert_same(folder, history):
         assert torch.equal(final[name], value), name
 
 
+@pytest.mark.engines
 def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
     federation, data, tmp_path, silos, faults
 ):
@@ -132,6 +133,7 @@ def check_ledger(found, params):
     assert sorted(came) == sorted([*params] * 3)
 
 
+@pytest.mark.engines
 def test_all_strategies_at_once_over_two_graphs(federation, data, tmp_path, silos):
     """FedProx, FedBN, SCAFFOLD, FedAdam; the second graph starts from the first."""
     variates = zero_variates(azure_trial.model())
@@ -304,7 +306,9 @@ def test_metrics_go_to_the_run_of_the_whole_pipeline(common, tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "azureml://x")
     monkeypatch.setenv("MLFLOW_RUN_ID", "job")
     monkeypatch.setenv("AZUREML_ROOT_RUN_ID", "root")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "")
     common.report(tmp_path, 3, FOUND)
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert logged == [
         ("root", "Hospital A/train_loss", 0.5, 3),
         ("root", "Hospital B/train_loss", 0.25, 3),

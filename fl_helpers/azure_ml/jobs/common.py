@@ -193,6 +193,7 @@ def report(folder: Path, round_index: int, found: dict[str, dict[str, float]]) -
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     if os.environ.get("MLFLOW_TRACKING_URI") and importlib.util.find_spec("mlflow"):
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         import mlflow
 
         client = mlflow.MlflowClient()
