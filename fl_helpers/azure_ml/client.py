@@ -7,7 +7,6 @@ the workspace is looked at by `preflight`. `azure-ai-ml` is imported when it is 
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +49,6 @@ def connect(federation: Federation, *, credential: Any = None) -> Any:
             "silos.yaml names no subscription yet; fill in azure_ml.workspace: "
             "docs/azure-ml.md has the way from an empty subscription"
         )
-    logging.getLogger("azure.ai.ml._utils._experimental").setLevel(logging.ERROR)
     space = federation.workspace
     place = space.subscription_id, space.resource_group, space.name
     client = MLClient(credential or sign_in(), *place, enable_telemetry=False)
@@ -103,11 +101,12 @@ def wait(
                 )
             time.sleep(poll)
     if status != "Completed":
-        failed = [key for key, state in jobs.items() if state in LAST[1:]]
+        failed = [key for key, state in jobs.items() if state == "Failed"]
         raise AzureProblem(
-            f"run {name!r} is {status}; jobs that did not end well: {failed}; "
-            f"{job.studio_url} has their logs, but what a silo's job said stays in its "
-            f"own store, in fl/private/{name}/"
+            f"run {name!r} is {status}; jobs that failed: {failed}; their logs are at "
+            f"{job.studio_url}, but what a silo's job said stays in its own store, in "
+            f"fl/private/{name}/",
+            failed,
         )
 
 

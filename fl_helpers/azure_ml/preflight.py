@@ -6,6 +6,7 @@ may do in the stores. That is decided where they are created, see docs/azure/.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -137,8 +138,8 @@ def _identities(clusters: dict[Party, Any]) -> Iterator[Finding]:
     for party, compute in clusters.items():
         identity = getattr(compute, "identity", None)
         given = getattr(identity, "user_assigned_identities", None) or ()
-        found = [each.resource_id or each.client_id for each in given]
-        found += [p] if (p := getattr(identity, "principal_id", None)) else []
+        found = [each.resource_id for each in given]
+        found += filter(None, [getattr(identity, "principal_id", None)])
         problem = ""
         if not found:
             problem = "it has none; give it one with rights on its own store only"
@@ -151,43 +152,38 @@ def _identities(clusters: dict[Party, Any]) -> Iterator[Finding]:
 
 
 def _quotas(client: Any, computes: list[Any]) -> Iterator[Finding]:
-    """Whether one node each fits into the limits of the VM family, at the same time."""
+    """Whether one machine of each fits into the limits of its family, all at once."""
     clusters = [each for each in computes if each.type == "amlcompute"]
     for region in sorted({cluster.location for cluster in clusters}):
-        names = [c.size.lower() for c in clusters if c.location == region]
         sizes, problem = _ask(lambda r=region: [*client.compute.list_sizes(location=r)])
         usages, why = _ask(lambda r=region: [*client.compute.list_usage(location=r)])
-        needed: dict[str, int] = {}
-        for size in sizes or ():
-            count = names.count(size.name.lower())
-            cores = _either(size, "v_cp_us", "vCPUs") * count
-            if cores:
-                needed[size.family] = needed.get(size.family, 0) + cores
         if problem or why:
             yield Finding("all", "quota in", region, "", problem or why)
-        for family, cores in needed.items():
-            for limit, used in _limits(usages or (), family):
-                seen = f"{family}: {cores} cores needed, limit {limit}, {used} in use"
-                problem = "" if limit < 0 or cores <= limit else (
-                    f"{seen}; ask for more in the Azure portal under Quotas, Machine "
-                    "learning"
-                )  # fmt: skip
+            continue
+        # azure-ai-ml 1.35 fills these under the service's own names only.
+        cores = {s.name.lower(): (s.family, vars(s).get("vCPUs", 0)) for s in sizes}
+        needed: Counter[str] = Counter()
+        for cluster in clusters:
+            family, count = cores.get(cluster.size.lower(), ("", 0))
+            needed[family] += count if cluster.location == region else 0
+        for family, count in needed.items():
+            for usage in usages:
+                text = "".join(str(usage.name).split()).lower()
+                if not family or family.lower() not in text or "lowpriority" in text:
+                    continue
+                if not _counts(str(usage.id), client.workspace_name):
+                    continue
+                seen = f"{family}: {count} cores needed, limit {usage.limit}, "
+                seen += f"{vars(usage).get('currentValue')} in use"
+                short = 0 <= usage.limit < count
+                problem = f"{seen}; ask for more in the portal, Quotas" if short else ""
                 yield Finding("all", "quota in", region, seen, problem)
 
 
-def _limits(usages: Iterable[Any], family: str) -> Iterator[tuple[int, int]]:
-    """(limit, cores in use) of a VM family, such as standardDSv2Family."""
-    for usage in usages:
-        name = usage.name if isinstance(usage.name, dict) else vars(usage.name)
-        text = "".join(str(name["value"]).split()).lower()
-        if text.startswith(family.lower()) and "lowpriority" not in text:
-            if "/workspaces/" not in str(usage.id):
-                yield usage.limit, _either(usage, "current_value", "currentValue")
-
-
-def _either(found: Any, *names: str) -> int:
-    """azure-ai-ml 1.35 has the number under its name in the service's answer only."""
-    return next(v for name in names if (v := getattr(found, name, None)) is not None)
+def _counts(limit: str, workspace: str) -> bool:
+    """Whether a limit, by its id, is the subscription's or this workspace's."""
+    of_another = "/workspaces/" in limit and f"/workspaces/{workspace}/" not in limit
+    return not of_another and "/computes/" not in limit
 
 
 def _datastores(client: Any, federation: Federation) -> Iterator[Finding]:

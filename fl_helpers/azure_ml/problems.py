@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 REMEDIES = [  # (in the text of an error, what it means, what to do)
@@ -51,7 +51,14 @@ REMEDIES = [  # (in the text of an error, what it means, what to do)
 
 
 class AzureProblem(RuntimeError):
-    """Something in Azure is missing or refused; the message says what to do."""
+    """Something in Azure is missing, refused or failed; the message says what to do.
+
+    failed: jobs of a run that did.
+    """
+
+    def __init__(self, message: str, failed: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.failed = tuple(failed)
 
 
 @contextmanager

@@ -51,7 +51,8 @@ class FakeAzure:
         stores |= {p.outbox: "orchestrator" for p in parties if p.outbox}
         self.datastores = {name: datastore(key, name) for name, key in stores.items()}
         self.permissions = [{"actions": ["*"], "notActions": []}]
-        self.usages = [usage("dedicated", 0, 100), usage("lowPriority", 0, 0)]
+        self.usages = [usage("Dedicated", 0, 100), usage("LowPriority", 0, 0)]
+        self.usages += [usage("Dedicated", 0, 0, below="/x/workspaces/other")]
         self.denied = {}
         self.calls, self.unknown = [], []
         self.resources, self.blobs, self.jobs, self.children = {}, {}, {}, {}
@@ -419,10 +420,11 @@ def datastore(key, name):
     }
 
 
-def usage(tier, used, limit):
-    """What is used of a family's virtual CPUs."""
+def usage(tier, used, limit, below=""):
+    """What is used of a family's virtual CPUs, in the subscription or below it."""
     name = f"Standard DSv2 Family Cluster {tier} vCPUs"
     return {
+        "id": f"/subscriptions/x{below}/usages/{name.replace(' ', '_')}",
         "type": "Microsoft.MachineLearningServices/vmFamily/usages",
         "currentValue": used,
         "limit": limit,

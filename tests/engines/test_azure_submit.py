@@ -114,11 +114,16 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
                 assert stores[store] is federation.orchestrator
                 assert path.startswith(f"fl/updates/{party.key}/trial/")
 
+    for path in azure.blobs:  # to see whose `fl_helpers` the jobs import
+        if path.endswith("/fl_helpers/__init__.py"):
+            azure.blobs[path] += b"\nprint('from the upload')\n"
     thread = azure.start("trial")
     client.wait(connection, "trial", poll=0.2, timeout=300)
     thread.join(10)
     assert set(azure.children["trial"].values()) == {"Completed"}
     assert "13/13" in capfd.readouterr().err  # the bar
+    logs = [path.read_text() for path in (azure.folder / "logs").iterdir()]
+    assert len(logs) == 13 and all("from the upload" in text for text in logs)
 
     params = azure_trial.model().state_dict()
     final = client.download_model(connection, "trial", tmp_path / "model", params)
@@ -315,7 +320,9 @@ BREAK = {
     "Hospital B: datastore 'hospital_b': it is hospitala/hospital-a, as": at(
         ("datastores", "hospital_b"), fake_azure.datastore("hospital_a", "hospital_a")
     ),
-    "16 cores needed, limit 12": at(("usages", 0), fake_azure.usage("x", 8, 12)),
+    "16 cores needed, limit 12": at(
+        ("usages", 0), fake_azure.usage("Dedicated", 8, 12)
+    ),
     "role is missing for jobs/write, components/versions/write": at(
         ("permissions", 0),
         {"actions": ["*"], "notActions": ["*/jobs/write", "*/components/*/write"]},
