@@ -74,7 +74,8 @@ def build_pipeline(
     warm_start: (run, rounds done) to go on from, of the same federation and model; then
     params give names and shapes only, and the graph plays the rounds that are left. If
     none are, it only tests the model. kept: {silo's name: (run, rounds done)} of silos
-    that kept their entries elsewhere, as they missed the last rounds.
+    that kept their entries elsewhere, as they missed the last rounds. The job's outputs
+    are `final_model`, `report` (metrics of the last round) and `scores`.
     Raises ValueError for what cannot be run.
     """
     first, keep_local = warm_start[1] if warm_start else 0, sorted(set(keep_local))
@@ -153,8 +154,8 @@ def write_snapshots(
 class _Graph:
     """What the jobs of a graph have in common, and a method for each kind of job.
 
-    A state is what a round starts from: {"model", "memory", key of a silo: what it
-    keeps}, each a folder or the output of a job.
+    A state is what a round starts from: {"model", "memory", "kept_<key of a silo>"},
+    each a folder or the output of a job.
     """
 
     federation: Federation
@@ -183,14 +184,16 @@ class _Graph:
                 self.data[silo.key] = self.data_of(silo)
             for index in range(first, rounds):
                 state = self.round(index, state)
-            if final:
-                self.test(rounds, state)
-            return {"final_model": state["model"]} if rounds > first else {}
+            scores = {"scores": self.test(rounds, state)} if final else {}
+            last = {"final_model": state["model"], "report": state.get("report")}
+            return scores | (last if rounds > first else {})
 
         job = scatter_gather()
-        if rounds > first:
-            path = place("models", self.run, rounds)
-            job.outputs["final_model"] = _output(main, path)
+        paths = {"final_model": place("models", self.run, rounds)}
+        paths["report"] = place("reports", self.run, rounds - 1)
+        paths["scores"] = place("reports", self.run, "scores")
+        for output in job.outputs:  # for `jobs.download`
+            job.outputs[output] = _output(main, paths[output])
         job.settings.force_rerun = True  # a round is never another one's result
         return job
 
@@ -201,8 +204,12 @@ class _Graph:
         if self.remember:
             state["memory"] = _input(main, place("memory", run, done))
         for silo in self.federation.silos if self.keep else ():
-            where = self.kept.get(silo.name, (run, done))
-            state[silo.key] = _input(silo, place("kept", *where))
+            before, rounds = self.kept.get(silo.name, (run, done))
+            state[f"kept_{silo.key}"] = (
+                _input(silo, place("kept", before, rounds))
+                if rounds
+                else _input(main, place("models", before, "kept"))
+            )
         return state
 
     def initial(self) -> dict[str, Any]:
@@ -217,7 +224,7 @@ class _Graph:
         if self.remember:
             state["memory"] = made["next_memory"]
         for silo in self.federation.silos if self.keep else ():
-            state[silo.key] = made["kept"]
+            state[f"kept_{silo.key}"] = made["kept"]
         return state
 
     def data_of(self, silo: Party) -> Any:
@@ -247,7 +254,7 @@ class _Graph:
             name = f"train_{index:04d}_{silo.key}"
             made = self.job("train", name, silo, inputs, outputs)
             updates[f"update_{silo.key}"] = made["model_update"]
-            new |= {silo.key: made["next_kept"]} if self.keep else {}
+            new |= {f"kept_{silo.key}": made["next_kept"]} if self.keep else {}
         inputs = {"round": index, "metrics": self.metrics, "max_bytes": self.max_bytes}
         inputs |= {k: state[k] for k in ("model", "memory") if k in state} | updates
         writes = {"next_model": place("models", self.run, index + 1)}
@@ -257,10 +264,10 @@ class _Graph:
         name = f"aggregate_{index:04d}"
         made = self.at_orchestrator("aggregate", name, inputs, writes)
         new |= {"memory": made["next_memory"]} if self.remember else {}
-        return new | {"model": made["next_model"]}
+        return new | {"model": made["next_model"], "report": made["report"]}
 
-    def test(self, rounds: int, state: dict[str, Any]) -> None:
-        """Test the final model in every silo, collect the scores."""
+    def test(self, rounds: int, state: dict[str, Any]) -> Any:
+        """Test the final model in every silo, collect the scores; returns these."""
         updates, max_bytes = {}, 1024  # there are only numbers
         for silo in self.federation.silos:
             outputs = {"scores": self.released(silo, "scores")}
@@ -270,7 +277,8 @@ class _Graph:
             updates[f"update_{silo.key}"] = made["scores"]
         inputs = {"round": rounds, "metrics": self.metrics, "max_bytes": max_bytes}
         writes = {"report": place("reports", self.run, "scores")}
-        self.at_orchestrator("collect", "collect", inputs | updates, writes)
+        made = self.at_orchestrator("collect", "collect", inputs | updates, writes)
+        return made["report"]
 
     def inputs_of(
         self, silo: Party, state: dict[str, Any], index: int, max_bytes: int
@@ -279,7 +287,7 @@ class _Graph:
         inputs = {"silo": silo.key, "round": index, "metrics": self.metrics}
         inputs |= {"max_bytes": max_bytes, "data": self.data[silo.key]}
         inputs["model"] = state["model"]
-        return inputs | ({"kept": state[silo.key]} if self.keep else {})
+        return inputs | ({"kept": state[f"kept_{silo.key}"]} if self.keep else {})
 
     def released(self, silo: Party, step: int | str) -> Output:
         """The place of what leaves a silo."""

@@ -29,7 +29,14 @@ from fl_helpers.exchange import read_ledger
 
 
 class RunError(RuntimeError):
-    """A job failed; the message has its last lines, and where the others are."""
+    """A job failed; the message has its last lines, and where the others are.
+
+    jobs: the names of those that failed.
+    """
+
+    def __init__(self, message: str, jobs: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.jobs = tuple(jobs)
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,8 @@ class _Runner:
             logs = [log, *(self.local(f) / "log.txt" for f in job.writes)]
             last = "\n".join(_last_lines(path) for path in logs if path.exists())
             why = f"exited with {process.returncode}" if in_time else "took too long"
-            raise RunError(f"{name} {why} after {seconds:.1f} s; see {log}\n{last}")
+            what = f"{name} {why} after {seconds:.1f} s; see {log}\n{last}"
+            raise RunError(what, [name])
         self.marks[name], self.seconds[name] = self.mark(job), round(seconds, 2)
         content = {"mark": self.marks[name], "seconds": self.seconds[name]}
         path = self.folder / "done" / f"{name}.json"

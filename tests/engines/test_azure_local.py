@@ -14,14 +14,12 @@ import pytest
 import torch
 
 from fl_helpers import exchange, sandbox, simulation
-from fl_helpers.aggregation import make_aggregate
+from fl_helpers.aggregation import weighted_average
 from fl_helpers.azure_ml import plan, run_locally
-from fl_helpers.training import norm_entries, zero_variates
 
 from . import attacker, azure_trial, hospital
 
 NAMES = azure_trial.NAMES[:2]
-TRAINABLE = [name for name, _ in azure_trial.model().named_parameters()]
 
 
 @pytest.fixture
@@ -35,19 +33,12 @@ def data(silos_yaml):
     return dict(zip(azure_trial.NAMES, folders, strict=True))
 
 
-def simulated(params, silos, *, settings=None, keep=(), rule=None):
+def simulated(params, silos):
     """What `run_rounds` makes of it in this process."""
-    update, test = hospital.functions(settings or {})
+    update, test = hospital.functions({})
     return simulation.run_rounds(
-        params,
-        silos[:2],
-        update,
-        rule or make_aggregate("weighted_average", params),
-        rounds=2,
-        seed=0,
-        evaluate=test,
-        keep_local=keep,
-        progress=False,
+        *(params, silos[:2], update, weighted_average),
+        **{"rounds": 2, "seed": 0, "evaluate": test, "progress": False},
     )
 
 
@@ -131,42 +122,6 @@ def check_ledger(found, params):
     assert sorted(line["what"] for line in out) == sorted(expected)
     came = [line["what"] for line in found if line["direction"] == "in"]
     assert sorted(came) == sorted([*params] * 3)
-
-
-@pytest.mark.engines
-def test_all_strategies_at_once_over_two_graphs(federation, data, tmp_path, silos):
-    """FedProx, FedBN, SCAFFOLD, FedAdam; the second graph starts from the first."""
-    variates = zero_variates(azure_trial.model())
-    params = azure_trial.model().state_dict() | variates
-    keep = norm_entries(azure_trial.model())
-    keep += [name for name in variates if name.startswith("own_variate.")]
-    settings = {"mu": 0.1, "scaffold": 1}
-    how = {"keep_local": keep, "settings": settings, "evaluate": False}
-    how |= {"aggregate": "FedAdam", "options": {"lr": 0.01}, "trainable": TRAINABLE}
-    zeros = {name: torch.zeros_like(value) for name, value in params.items()}
-    for more, first in (
-        ({"run": "a", "rounds": 1}, params),
-        ({"run": "b", "rounds": 2, "warm_start": ("a", 1)}, zeros),
-    ):
-        graph = azure_trial.build(federation, first, tmp_path, **how, **more)
-        result = run_locally.run(graph, federation, tmp_path, data=data)
-
-    shared = {name: value for name, value in params.items() if name not in keep}
-    rule = make_aggregate("FedAdam", params, TRAINABLE, {"lr": 0.01})
-    history = simulated(params, silos, settings=settings, keep=keep, rule=rule)
-    assert history.params.keys() == shared.keys()
-    assert_same(result.model, history)
-    for silo in federation.silos:
-        stores = tmp_path / "stores" / silo.datastore
-        own = exchange.read_model(
-            stores / "fl/kept/b/0002",
-            history.local[silo.name],
-            silo="entries that stay in the silo",
-        )
-        for name, value in history.local[silo.name].items():
-            assert torch.equal(own[name], value), name
-        text = json.dumps(result.ledger(silo.name))
-        assert not any(f'"{name}"' in text for name in keep), "a kept entry left"
 
 
 # ---- jobs stay inside
