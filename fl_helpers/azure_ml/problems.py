@@ -97,4 +97,5 @@ def explain(error: Exception) -> str:
         return "it is not there; correct the name, or create it: docs/azure-ml.md"
     if isinstance(error, ServiceRequestError):
         return "Azure cannot be reached; look at the network, the proxy and DNS"
+    text = re.sub(r"sig=[^&\s'\"]+", "sig=...", text)  # what opens a store
     return f"Azure refuses: {text[:2000]}"

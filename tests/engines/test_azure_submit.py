@@ -15,7 +15,7 @@ from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.azure_ml import client, plan
 from fl_helpers.azure_ml.preflight import preflight
-from fl_helpers.azure_ml.problems import AzureProblem
+from fl_helpers.azure_ml.problems import AzureProblem, explain
 
 from . import azure_trial, fake_azure, hospital
 
@@ -256,6 +256,13 @@ def test_sending_says_what_is_wrong(azure, connection, federation, tmp_path):
     del azure.computes["hospital-c"]
     with pytest.raises(AzureProblem, match="hospital-c"):
         client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+
+
+def test_other_errors_pass_without_what_opens_a_store():
+    from azure.core.exceptions import HttpResponseError
+
+    told = explain(HttpResponseError("PUT https://x/y?sv=1&sig=abc%2B&se=2 took long"))
+    assert told == "Azure refuses: PUT https://x/y?sv=1&sig=...&se=2 took long"
 
 
 def look(connection, federation):
