@@ -31,7 +31,16 @@ def explain_plan(plan: Plan, federation: Federation) -> Explanation:
     rows = [_row(plan, silo) for silo in federation.silos]
     heads = [f"## {row['silo']}\n\n| | |\n|---|---|" for row in rows]
     tables = [
-        "\n".join([head, *(f"| {key} | {value} |" for key, value in row.items())])
+        "\n".join(
+            [
+                head,
+                *(
+                    f"| {key} | {value} |"
+                    for key, value in row.items()
+                    if key != "silo"
+                ),
+            ]
+        )
         for head, row in zip(heads, rows, strict=True)
     ]
     folders = sorted({Path(job.code) for job in plan.jobs})

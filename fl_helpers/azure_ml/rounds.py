@@ -1,9 +1,9 @@
 """A run round by round: a graph for each round, and a decision after it.
 
 One graph for all rounds (`pipeline.build_pipeline(rounds=R)`) is one submission, and
-the service does the rest; but it fails as a whole and cannot stop early. Here a run goes
-on without a silo that fails (with a quorum), stops when scores no longer get better, and
-is resumed where it was interrupted. The price is a submission per round.
+the service does the rest; but it fails as a whole and cannot stop early. Here a run
+goes on without a silo that fails (with a quorum), stops when scores no longer get
+better, and is resumed where it was interrupted. The price is a submission per round.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def play_rounds(
     `jobs`; then the round is played anew without these jobs' silos. quorum: how many
     must be left; None is all. folder: gets `state.json` and the code snapshots. stop:
     {"metric": name, "patience": rounds}, "higher_is_better": False for a loss; stop
-    when the mean over silos no longer gets better. how, params: as in `build_pipeline`.
+    when the mean over silos no longer gets better. how, params: as in `build_pipeline`;
+    `prepare` is called in each round.
 
     Returns the state: run and rounds_done (where the model is, as for `warm_start`),
     metrics, and missing, {round: silos}. Raises NoQuorum, ValueError if folder has the
@@ -58,10 +59,9 @@ def play_rounds(
     state = _resume(path, about)
 
     def play_with(some: Federation, final: bool) -> Metrics:
-        state["tries"] += (
-            1  # each has a name of its own: it writes where nothing is yet
-        )
-        state["last_try"], done = f"{run}-{state['tries']:04d}", state["rounds_done"]
+        state["tries"], done = state["tries"] + 1, state["rounds_done"]
+        # Each try has a name of its own: it writes where nothing is yet.
+        state["last_try"] = f"{run}-{state['tries']:04d}"
         _save(path, state)
         job = build_pipeline(
             *(some, params, folder),
