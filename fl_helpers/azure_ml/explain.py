@@ -29,20 +29,6 @@ def explain_plan(plan: Plan, federation: Federation) -> Explanation:
     """
     check_plan(plan, federation)
     rows = [_row(plan, silo) for silo in federation.silos]
-    heads = [f"## {row['silo']}\n\n| | |\n|---|---|" for row in rows]
-    tables = [
-        "\n".join(
-            [
-                head,
-                *(
-                    f"| {key} | {value} |"
-                    for key, value in row.items()
-                    if key != "silo"
-                ),
-            ]
-        )
-        for head, row in zip(heads, rows, strict=True)
-    ]
     folders = sorted({Path(job.code) for job in plan.jobs})
     codes = [f"- `{path.name}`: SHA-256 `{digest(path)}`" for path in folders]
     runs_in = sorted({job.environment for job in plan.jobs})
@@ -51,7 +37,7 @@ def explain_plan(plan: Plan, federation: Federation) -> Explanation:
         f"{len(plan.jobs)} jobs, in {len(rows)} silos and at the orchestrator. "
         "Checked: no job reads another silo's store or update, and nothing but what is "
         "listed here leaves a silo. Byte counts are limits that the jobs enforce.",
-        *tables,
+        *map(_table, rows),
         "## Code and environment",
         "The jobs run the code that was read for this document, if these agree:",
         "\n".join([*codes, *(f"- environment `{name}`" for name in runs_in)]),
@@ -59,6 +45,11 @@ def explain_plan(plan: Plan, federation: Federation) -> Explanation:
         "\n".join(f"- {silo.name}: ____________" for silo in federation.silos),
     ]
     return Explanation(rows, "\n\n".join(text) + "\n")
+
+
+def _table(row: dict[str, Any]) -> str:
+    lines = [f"| {key} | {value} |" for key, value in row.items() if key != "silo"]
+    return "\n".join([f"## {row['silo']}", "", "| | |", "|---|---|", *lines])
 
 
 def _row(plan: Plan, silo: Party) -> dict[str, Any]:
