@@ -7,8 +7,9 @@ the workspace is looked at by `preflight`. `azure-ai-ml` is imported when it is 
 from __future__ import annotations
 
 import functools
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fl_helpers.azure_ml.plan import check_plan, read_plan
 from fl_helpers.azure_ml.problems import AzureProblem, in_plain_words
 
 LAST = ("Completed", "Failed", "Canceled")
+Metrics = list[dict[str, Any]]
 
 
 def is_configured(federation: Federation) -> bool:
@@ -119,13 +121,43 @@ def _look_at(client: Any, name: str) -> tuple[Any, str, dict[str, str]]:
     return job, str(getattr(job.status, "value", job.status)), jobs
 
 
+def player(
+    client: Any, folder: str | Path, **how: Any
+) -> Callable[[Any, Any], Metrics]:
+    """What `rounds.play_rounds` needs to run its graphs on Azure ML: send, wait, read.
+
+    folder: where reports go. how: as in `wait`.
+    """
+
+    def play(job: Any, federation: Federation) -> Metrics:
+        sent = submit(client, job, federation)
+        wait(client, sent.name, **how)
+        return download_metrics(client, sent.name, Path(folder) / sent.name)
+
+    return play
+
+
+def download_metrics(client: Any, name: str, folder: str | Path) -> Metrics:
+    """Download what silos reported in the last round of a run, and of its final test.
+
+    folder: where its files go. Returns dicts as in `run_locally.Result`. Needs the
+    right to read the orchestrator's store. Raises AzureProblem.
+    """
+    with in_plain_words(f"run {name!r}"):
+        outputs = client.jobs.get(name).outputs
+    found: Metrics = []
+    for output in sorted({"report", "scores"} & set(outputs)):
+        path = _download(client, name, folder, output) / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found += [json.loads(line) for line in lines]
+    return found
+
+
 def download_model(
     client: Any,
     name: str,
     folder: str | Path,
     expected: Mapping[str, Tensor],
-    *,
-    output: str = "final_model",
 ) -> exchange.Params:
     """Download the global model of a run that is completed, and check it.
 
@@ -133,13 +165,19 @@ def download_model(
     and dtypes, without those that stay in the silos. Needs the right to read the
     orchestrator's store. Raises AzureProblem, or `exchange.Refused`.
     """
-    with in_plain_words(f"the model of run {name!r}"):
+    found = _download(client, name, folder, "final_model")
+    params = exchange.read_model(found, expected)
+    return {key: params[key] for key in expected}
+
+
+def _download(client: Any, name: str, folder: str | Path, output: str) -> Path:
+    """The local folder of an output of a run; never an empty one."""
+    with in_plain_words(f"output {output!r} of run {name!r}"):
         client.jobs.download(name, download_path=str(folder), output_name=output)
     found = Path(folder) / "named-outputs" / output
-    if not (found / exchange.MODEL).exists():
+    if not found.is_dir():
         raise AzureProblem(
             f"run {name!r} has nothing in its output {output!r}; was it completed, and "
             "may you read the orchestrator's store (`Storage Blob Data Reader`)?"
         )
-    params = exchange.read_model(found, expected)
-    return {key: params[key] for key in expected}
+    return found

@@ -92,7 +92,10 @@ def _may(action: str, permissions: Iterable[dict[str, Any]]) -> bool:
     def holds(patterns: list[str]) -> bool:
         return any(fnmatchcase(action.lower(), each.lower()) for each in patterns)
 
-    return any(holds(p["actions"]) and not holds(p["notActions"]) for p in permissions)
+    return any(
+        holds(p["actions"]) and not holds(p.get("notActions") or [])
+        for p in permissions
+    )
 
 
 def _read_permissions(space: Any, credential: Any) -> list[dict[str, Any]]:

@@ -53,12 +53,12 @@ REMEDIES = [  # (in the text of an error, what it means, what to do)
 class AzureProblem(RuntimeError):
     """Something in Azure is missing, refused or failed; the message says what to do.
 
-    failed: jobs of a run that did.
+    jobs: those of a run that failed, by name.
     """
 
-    def __init__(self, message: str, failed: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, jobs: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.failed = tuple(failed)
+        self.jobs = tuple(jobs)
 
 
 @contextmanager

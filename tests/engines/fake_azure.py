@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 import requests
 from urllib3 import HTTPResponse
 
+from fl_helpers import exchange
 from fl_helpers.azure_ml import plan, run_locally
 
 PROVIDERS = "/providers/Microsoft.MachineLearningServices"
@@ -188,10 +189,17 @@ class FakeAzure:
     def history(self, call, below):
         """The run history: the jobs of a pipeline, and where an output is."""
         if found := re.fullmatch(r"runs/([^/]+)/children", below):
-            children = self.children[found[1]].items()
-            found = [{"runId": f"{found[1]}_{i}", "displayName": name, "status": status}
-                     for i, (name, status) in enumerate(children)]  # fmt: skip
-            return 200, {"value": found}
+            name, children = found[1], self.children[found[1]]
+            return 200, {
+                "value": [
+                    {
+                        "runId": f"{name}_{i}",
+                        "displayName": key,
+                        "status": children[key],
+                    }
+                    for i, key in enumerate(children)
+                ]
+            }
         if below == "rundata":
             name = json.loads(call.body)["runId"]
             outputs = {
@@ -331,6 +339,43 @@ _sleep = time.sleep
 def quick_sleep(seconds):
     """The Azure libraries wait before they try again; here that is no use."""
     _sleep(min(seconds, 0.05))
+
+
+class Instant(FakeAzure):
+    """Every run that is sent is over at once, with the model `params`.
+
+    failing: names of jobs that fail. scores: {round: metric "test_loss" of all silos}.
+    """
+
+    params, failing, scores = {}, (), {}
+
+    def job(self, call, name, cancel):
+        answer = super().job(call, name, cancel)
+        if call.method == "PUT" and answer[0] == 201:
+            graph = plan.read_plan(self.received(name))
+            failed = [job for job in graph.jobs if job.name in self.failing]
+            status = "Failed" if failed else "Completed"
+            self.jobs[name]["properties"]["status"] = status
+            others = "Canceled" if failed else "Completed"
+            self.children[name] = {
+                job.name: "Failed" if job in failed else others for job in graph.jobs
+            }
+            for flow in (flow for job in graph.jobs for flow in job.writes):
+                folder = self.folder / "stores" / flow.store / flow.path
+                if flow.name == "next_model":
+                    index = int(flow.path.rpartition("/")[2])
+                    exchange.write_model(folder, self.params, round_index=index)
+                if flow.name == "report":
+                    folder.mkdir(parents=True)
+                    (folder / "metrics.jsonl").write_text(self.report(flow))
+        return answer
+
+    def report(self, flow):
+        index = flow.path.rpartition("/")[2]
+        index = int(index) if index.isdigit() else len(self.scores) - 1
+        line = {"round": index, "metric": "test_loss", "value": self.scores.get(index)}
+        names = [silo.name for silo in self.federation.silos]
+        return "".join(json.dumps({**line, "silo": name}) + "\n" for name in names)
 
 
 def response(request, status, content=b"", headers=None):

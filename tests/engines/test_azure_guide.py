@@ -7,7 +7,6 @@ import pytest
 import requests
 import yaml
 
-from fl_helpers import exchange
 from fl_helpers.azure_ml import client, plan, run_locally
 
 from . import azure_trial, fake_azure
@@ -20,22 +19,6 @@ def blocks(language):
     return re.findall(rf"(?s)```{language}\n(.*?)```", GUIDE)
 
 
-class Finished(fake_azure.FakeAzure):
-    """Every run that is sent is over at once, with the model that it began with."""
-
-    def job(self, call, name, cancel):
-        answer = super().job(call, name, cancel)
-        if call.method == "PUT":
-            properties = self.jobs[name]["properties"]
-            properties["status"] = "Completed"
-            self.children[name] = dict.fromkeys(properties["jobs"], "Completed")
-            path = properties["outputs"]["final_model"]["uri"].split("/paths/")[1]
-            rounds = int(path.rpartition("/")[2])
-            folder = self.folder / "stores/orchestrator" / path
-            exchange.write_model(folder, self.params, round_index=rounds)
-        return answer
-
-
 def test_the_python_of_the_guide_runs(tmp_path, monkeypatch):
     from fl_helpers.models import small_cnn
 
@@ -44,7 +27,7 @@ def test_the_python_of_the_guide_runs(tmp_path, monkeypatch):
     example["azure_ml"]["workspace"] |= space
     monkeypatch.chdir(tmp_path)
     silos = azure_trial.read(tmp_path, example)
-    azure = Finished(silos, tmp_path / "cloud")
+    azure = fake_azure.Instant(silos, tmp_path / "cloud")
     azure.params = small_cnn(3).state_dict()
     send = fake_azure.adapter(azure)
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
@@ -64,7 +47,7 @@ def test_the_python_of_the_guide_runs(tmp_path, monkeypatch):
         exec(compile(text, "docs/azure-ml.md", "exec"), names)
     client.sign_in.cache_clear()
     assert not azure.unknown
-    assert list(azure.jobs) == ["first", "second-0", "second-1"]
+    assert list(azure.jobs) == ["first", "second-0001", "second-0002", "second-0003"]
     assert len(played[0].jobs) == 1 + 2 * 5 + 5
     signed = Path("runs/first/plan.md").read_text()
     assert "SHA-256" in signed and "Hospital D" in signed

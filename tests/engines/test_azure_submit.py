@@ -13,7 +13,7 @@ import torch
 
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.azure_ml import client, plan
+from fl_helpers.azure_ml import client, plan, rounds
 from fl_helpers.azure_ml.preflight import preflight
 from fl_helpers.azure_ml.problems import AzureProblem, explain
 
@@ -118,6 +118,9 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
     thread = azure.start("trial")
     client.wait(connection, "trial", poll=0.2, timeout=300)
     thread.join(10)
+    numbers = client.download_metrics(connection, "trial", tmp_path / "reports")
+    all_of_it = azure.results["trial"].metrics  # here there are those of the last round
+    assert numbers == [line for line in all_of_it if line["round"] >= 1] != []
     assert set(azure.children["trial"].values()) == {"Completed"}
     assert "13/13" in capfd.readouterr().err  # the bar
     logs = [*(azure.folder / "logs").iterdir()]  # of the orchestrator's jobs
@@ -185,6 +188,34 @@ def test_a_model_that_was_changed_is_refused(azure, connection, federation, tmp_
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(exchange.Refused, match="SHA-256|hash"):
         client.download_model(connection, "trial", tmp_path / "model", params)
+
+
+def test_round_by_round_with_a_quorum_until_it_gets_no_better(
+    federation, tmp_path, monkeypatch
+):
+    azure = fake_azure.Instant(federation, tmp_path / "cloud")
+    params = azure_trial.model().state_dict()
+    azure.params, azure.failing = params, ("train_0001_hospital_b",)
+    azure.scores = {0: 1.0, 1: 0.5, 2: 0.7, 3: 0.6}  # no better than round 1 from 2 on
+    send = fake_azure.adapter(azure)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    connection = client.connect(federation, credential=fake_azure.Credential())
+    state = rounds.play_rounds(
+        federation,
+        params,
+        tmp_path / "run",
+        client.player(connection, tmp_path / "reports", show_progress=False),
+        run="long",
+        rounds=9,
+        seed=0,
+        quorum=2,
+        stop={"metric": "test_loss", "patience": 2, "higher_is_better": False},
+    )
+    assert state["rounds_done"] == 4 and state["stopped"] and state["tested"]
+    assert state["missing"] == {"1": ["Hospital B"]}
+    assert not azure.unknown and len(azure.jobs) == 4 + 1 + 1  # one again, one tests
+    last = client.download_model(connection, state["run"], tmp_path / "model", params)
+    assert last.keys() == params.keys()
 
 
 NO_ROLE = (
