@@ -116,7 +116,7 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
         if path.endswith("/fl_helpers/__init__.py"):
             azure.blobs[path] += b"\nprint('from the upload')\n"
     thread = azure.start("trial")
-    client.wait(connection, "trial", poll=0.2, timeout=300)
+    client.wait(connection, "trial", poll=0.2, timeout=900)
     thread.join(10)
     numbers = client.download_metrics(connection, "trial", tmp_path / "reports")
     all_of_it = azure.results["trial"].metrics  # here there are those of the last round
