@@ -14,6 +14,7 @@ may do what, and `check_plan` has the other rules:
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -148,6 +149,10 @@ class _Reader:
         settings = self.only("settings", "the plan", self.source.get("settings"))
         self.runs_anew = settings.get("force_rerun") is True
         self.promoted = self.mapping("the plan", self.source.get("outputs"))
+        for key, value in self.promoted.items():
+            self.check_folder("the plan", key, WRITE_MODES, value)
+        if self.source.get("type", "pipeline") != "pipeline":
+            self.say("the plan", "it is not a pipeline", "build the plan anew")
         self.jobs = {name: self.only("job", name, job) for name, job in jobs.items()}
         read = [self.job(name, job) for name, job in self.jobs.items()]
         return Plan(tuple(self.in_order(read)), tuple(self.problems))
@@ -183,7 +188,7 @@ class _Reader:
         self.check_code(name, job, component, {"inputs": inputs, "outputs": outputs})
         literals, reads = {}, []
         for key, port in inputs.items():
-            kind = self.only("port", name, port).get("type")
+            kind = str(self.only("port", name, port).get("type"))
             if kind in TYPES:
                 literals[key] = self.literal(name, key, kind, given.get(key))
             else:
@@ -296,15 +301,37 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def _environment(found: Any) -> str:
-    """What a job runs in if it is pinned, an image's tag or a version; else ""."""
-    if isinstance(found, Mapping):
-        extra = found.keys() - {"name", "version", "image", "conda_file"}
-        text, form = str(found.get("image")), r"[\w./-]+(:[\w.-]+|@sha256:[0-9a-f]{64})"
+    """What a job runs in if it is pinned: an image's tag and packages, or a version."""
+    if not isinstance(found, Mapping):
+        form, text = r"azureml:[\w./-]+(:|/versions/)[\w.-]+", str(found)
+    elif found.keys() <= {"name", "version", "image", "conda_file"}:
+        form, text = r"[\w./-]+(:[\w.-]+|@sha256:[0-9a-f]{64})", str(found.get("image"))
     else:
-        extra, text = set(), str(found)
-        form = r"azureml:[\w./-]+(:|/versions/)[\w.-]+"
-    pinned = re.fullmatch(form, text) and "latest" not in text
-    return text if pinned and not extra else ""
+        return ""
+    if not re.fullmatch(form, text) or "latest" in text:
+        return ""
+    conda = found.get("conda_file") if isinstance(found, Mapping) else None
+    if conda is None:
+        return text
+    packages = hashlib.sha256(json.dumps(conda, sort_keys=True, default=str).encode())
+    return f"{text} with packages {packages.hexdigest()}" if _is_pinned(conda) else ""
+
+
+def _is_pinned(conda: Any) -> bool:
+    """Whether a conda file names the version of each of its packages."""
+    listed = conda.get("dependencies") if isinstance(conda, Mapping) else None
+    if not isinstance(listed, list) or not listed:
+        return False
+    for item in listed:
+        pip = item.get("pip") if isinstance(item, Mapping) else [item]
+        exact = "=" if pip == [item] else "=="
+        if not isinstance(pip, list) or not all(
+            isinstance(line, str)
+            and (exact in line or line.startswith("--extra-index"))
+            for line in pip
+        ):
+            return False
+    return True
 
 
 def check_plan(
