@@ -2,9 +2,9 @@
 
 Run as a program (`python -m fl_helpers.sandbox`) it ties itself to the process that
 started it, locks itself in and becomes the real program: see `sandboxed`. bubblewrap if
-it works, else Landlock (Linux >= 5.13, no privileges needed), else a loud warning. The
-network is not confined: firewalls do that. Standard library only: copy this file on its
-own.
+it works, else Landlock (Linux >= 5.13, no privileges needed), else a loud warning. A
+process that needs no network gets none (Landlock: no TCP); else firewalls decide.
+Standard library only: copy this file on its own.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def sandboxed(
     read: Iterable[str | Path],
     write: Iterable[str | Path],
     kind: str | None = None,
+    network: bool = True,
 ) -> list[str]:
     """Command line that runs `command` confined, and that dies with this process.
 
     read, write: files and folders that it may read, or read and write, beside the
     system's programs, Python itself and this package. kind: None takes the best one
-    of this machine. Warns if there is none: then the process can read whatever the
-    user can.
+    of this machine. network: whether it may use it. Warns if there is no sandbox: then
+    the process can read whatever the user can.
     """
     kind = kind or available_sandbox()
     if kind not in ("bubblewrap", "landlock", "none"):
@@ -76,7 +77,7 @@ def sandboxed(
         )
     read = [*map(str, read), sys.prefix, sys.base_prefix, str(_package())]
     plan = {"kind": kind, "read": read, "write": [*map(str, write)]}
-    plan |= {"parent": os.getpid()}
+    plan |= {"parent": os.getpid(), "network": network}
     return [sys.executable, "-m", __spec__.name, json.dumps(plan), *command]
 
 
@@ -86,10 +87,15 @@ def _package() -> Path:
 
 
 def _bubblewrap(
-    command: Sequence[str], *, read: Iterable[str], write: Iterable[str]
+    command: Sequence[str],
+    *,
+    read: Iterable[str],
+    write: Iterable[str],
+    network: bool = True,
 ) -> list[str]:
     line = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--cap-drop"]
     line += ["ALL", "--die-with-parent", "--new-session", "--dev", "/dev"]
+    line += [] if network else ["--unshare-net"]
     for path in SYSTEM:
         if os.path.islink(path):
             line += ["--symlink", os.readlink(path), path]
@@ -120,17 +126,21 @@ def _landlock_version() -> int:
     return ctypes.CDLL(None).syscall(CREATE_RULESET, None, 0, 1)
 
 
-def restrict(*, read: Iterable[str], write: Iterable[str]) -> None:
+def restrict(
+    *, read: Iterable[str], write: Iterable[str], network: bool = True
+) -> None:
     """Confine this process and its children for good, with Landlock.
 
-    read: may be read and executed; write: anything. Raises OSError if the kernel
-    refuses. Other processes' memory and environment are out of reach, too.
+    read: may be read and executed; write: anything. Without network: no TCP, from
+    version 4. Raises OSError if the kernel refuses. Other processes' memory and
+    environment are out of reach, too.
     """
     version, libc = _landlock_version(), ctypes.CDLL(None, use_errno=True)
     later = {2: 13, 3: 14, 5: 15}  # version: bit of the right that it added
     rights = (1 << 13) - 1
     rights |= sum(1 << bit for since, bit in later.items() if version >= since)
-    ruleset = _Ruleset(rights, 0, 3 if version >= 6 else 0)  # 3: signals, sockets
+    tcp = 0 if network else 3  # bind and connect
+    ruleset = _Ruleset(rights, tcp, 3 if version >= 6 else 0)  # 3: signals, sockets
     size = 8 if version < 4 else 16 if version < 6 else 24
     handle = _call(libc, CREATE_RULESET, ctypes.byref(ruleset), size, 0)
     wanted = [(p, EXECUTE | READ_FILE | READ_DIR) for p in read]
@@ -174,9 +184,15 @@ def main() -> None:
     plan, command = json.loads(sys.argv[1]), sys.argv[2:]
     _die_with_parent(plan["parent"])
     if plan["kind"] == "bubblewrap":
-        command = _bubblewrap(command, read=plan["read"], write=plan["write"])
+        command = _bubblewrap(
+            command, read=plan["read"], write=plan["write"], network=plan["network"]
+        )
     elif plan["kind"] == "landlock":
-        restrict(read=[*SYSTEM, *plan["read"]], write=[*DEVICES, *plan["write"]])
+        restrict(
+            read=[*SYSTEM, *plan["read"]],
+            write=[*DEVICES, *plan["write"]],
+            network=plan["network"],
+        )
     os.execvp(command[0], command)
 
 

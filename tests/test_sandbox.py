@@ -3,6 +3,7 @@ open."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,43 @@ def test_without_a_sandbox_all_of_it_is_open_and_a_warning_says_so(folders):
     assert {"read other", "by a child", "by a link", "write outside"} <= set(done)
 
 
+NETWORK = """
+import socket, sys
+for family, address in ((socket.AF_INET, ("127.0.0.1", int(sys.argv[1]))),
+                        (socket.AF_UNIX, "\\0" + sys.argv[2])):
+    try:
+        socket.socket(family).connect(address)
+        print("connected")
+    except OSError:
+        print("not")
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_network_nobody_is_reached(tmp_path, kind):
+    if not sandbox.works(kind):
+        pytest.skip(f"{kind} does not work on this machine: isolation is NOT tested")
+    if kind == "landlock" and sandbox._landlock_version() < 6:
+        pytest.skip("this Landlock confines neither TCP nor sockets: NOT tested")
+    name = f"fl-test-{os.getpid()}"  # of a socket without a file
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as other,
+    ):
+        other.bind(f"\0{name}")
+        other.listen()
+        code = [sys.executable, "-c", NETWORK, str(server.getsockname()[1]), name]
+        for network, expected in ((True, "connected"), (False, "not")):
+            done = subprocess.run(
+                sandbox.sandboxed(
+                    code, read=[], write=[tmp_path], kind=kind, network=network
+                ),
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert done.stdout.split()[0] == expected, done.stderr
+    assert done.stdout.split() == ["not", "not"]
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="kind must be .* got 'chroot'"):
         sandbox.sandboxed(["true"], read=[], write=[], kind="chroot")
@@ -143,7 +181,7 @@ time.sleep(60)
 
 
 def test_a_process_whose_parent_has_gone_does_not_start():
-    plan = {"kind": "none", "read": [], "write": [], "parent": 1}
+    plan = {"kind": "none", "read": [], "write": [], "parent": 1, "network": True}
     command = [sys.executable, "-m", sandbox.__name__, json.dumps(plan), "true"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "has gone" in done.stderr
