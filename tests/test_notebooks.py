@@ -25,6 +25,7 @@ SMOKE = {
     },
     "04_when_hospitals_differ": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
     "07_cross_silo_on_your_machines": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
+    "08_cross_silo_on_azure_ml": {"SIZES": [300, 200, 160, 120], "ROUNDS": 1},
 }
 
 
@@ -60,6 +61,9 @@ def check_smoke(name, results):
     if name.startswith("07"):
         assert results["same_bits"] is True and results["refused"] == 4
         assert results["processes_left"] == 0
+    if name.startswith("08"):
+        assert results["same_bits"] is True and results["refused"] == 1
+        assert results["jobs"] == 11  # initial, 4 train, aggregate, 4 evaluate, collect
 
 
 @pytest.mark.notebooks
@@ -107,6 +111,8 @@ def test_the_committed_notebooks_tell_the_story():
     seventh = recorded["07"]
     assert seventh["same_bits"] and seventh["balanced_accuracy"] > 75
     assert seventh["refused"] == 4 and seventh["processes_left"] == 0
+    eighth = recorded["08"]
+    assert eighth["same_bits"] and eighth["balanced_accuracy"] > 65
     fourth = recorded["04"]
     assert max(fourth["drift"]["different"]) < min(fourth["drift"]["alike"])  # 3 seeds
     assert fourth["Own statistics"] > fourth["FedAvg"] + 5

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fl_helpers import exchange
 from fl_helpers.azure_ml.federation import Federation
