@@ -6,18 +6,16 @@
 A server and four silos, each with processes of its own, on the loopback interface, with
 the same certificates. Both call `hospital.client` at the silos and average; nothing is
 evaluated; both must end with the model of `run_rounds`. They take turns, so that a busy
-machine slows both. Linux only.
+machine slows both; medians of three runs. And with one silo: four on a small machine
+wait for each other's cores, which on four machines they would not. Linux only.
 """
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import importlib.util
 import json
 import os
-import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,8 +25,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import torch
+from common import image_silos
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import hospital
@@ -36,63 +36,55 @@ from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import small_cnn
 from fl_helpers.on_premises import gate, provision
 from fl_helpers.on_premises.fleet import Fleet, Run
-from fl_helpers.silos import make_silos, partition_by_site
+from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import run_rounds
-from fl_helpers.synthetic_cxr import synthetic_cxr
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES, SEED, PATIENCE = (128, 96, 64, 64), 0, 300  # images per silo; seed; seconds
+SILOS, IMAGES, CLASSES, SEED, RUNS = 4, 64, 10, 0, 3
+TRAINING = dict(epochs=1, lr=0.02, batch_size=16)
+PATIENCE = 300  # seconds, for each step
 PR_SET_CHILD_SUBREAPER = 36
-SILOS_YAML = """\
-project: latency
-on_premises: {organisation: coordinator, admin: admin@coordinator.org, host: localhost,
-              port: 0, client: "fl_helpers.hospital:client"}
-silos:
-"""
 
 
 class Work:
     """What both engines are given: data in folders, settings, certificates; the end."""
 
-    def __init__(self, folder, rounds):
-        data = synthetic_cxr(SIZES, heterogeneity=0.25, seed=SEED)
-        site = partition_by_site(data.site)
-        silos = make_silos(data.x, data.y, site, test_share=0.5, seed=SEED)
-        self.folder, self.rounds, self.places, text = folder, rounds, [], SILOS_YAML
+    def __init__(self, folder, num_silos, rounds):
+        silos, members = image_silos(num_silos, IMAGES), []
+        self.folder, self.rounds = folder, rounds
+        self.places = [folder / f"data/silo_{k}" for k in range(num_silos)]
         for k, silo in enumerate(silos):
-            self.places.append(folder / f"data/{k}")
-            hospital.save_silo(silo, self.places[k])
-            own = f"{{organisation: h{k}, data: {self.places[k]}}}"
-            text += f"  - {{name: {silo.name}, on_premises: {own}}}\n"
-        (folder / "silos.yaml").write_text(text)
-        federation = provision.read_silos(folder / "silos.yaml")
-        self.kits = provision.provision(federation, folder / "fleet")
-        self.settings = dict(num_classes=len(data.classes), rounds=rounds)
-        self.settings |= dict(epochs=1, lr=0.02, batch_size=16)
+            test = Examples(*(part[:1].clone() for part in silo.train))  # not used
+            hospital.save_silo(Silo(silo.name, silo.train, test), self.places[k])
+            own = dict(organisation=f"h{k}", data=f"{self.places[k]}")
+            members.append(dict(name=silo.name, on_premises=own))
+        shared = dict(organisation="coordinator", admin="admin@coordinator.org")
+        shared |= dict(host="localhost", port=0, client="fl_helpers.hospital:client")
+        federation = dict(project="latency", on_premises=shared, silos=members)
+        self.silos_yaml = folder / "silos.yaml"  # JSON is YAML
+        self.silos_yaml.write_text(json.dumps(federation))
+        made = provision.read_silos(self.silos_yaml)
+        self.kits = provision.provision(made, folder / "fleet")
+        self.settings = dict(num_classes=CLASSES, rounds=rounds, **TRAINING)
         torch.manual_seed(SEED)
-        self.start = small_cnn(len(data.classes)).state_dict()
+        self.start = small_cnn(CLASSES).state_dict()
         update = hospital.client(self.places[0], self.settings).update
         how = dict(rounds=rounds, seed=SEED, progress=False)
         done = run_rounds(self.start, silos, update, weighted_average, **how)
         self.end = done.params
 
-    def check(self, found):
-        """The engine did what it was asked for, up to the order of additions."""
-        for name, value in self.end.items():
-            if value.is_floating_point():
-                torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
-
 
 class Ours:
-    engine, package, version = "fl_helpers/on_premises", "nvflare", "NVFlare {}"
+    name, package = "fl_helpers/on_premises", "nvflare"
     note = "mutual TLS; sandbox, guards, gate and ledger on; silos poll every 0.25 s"
 
     def __init__(self, work):
-        self.fleet = Fleet(work.folder / "silos.yaml", work.folder / "fleet")
+        self.fleet = Fleet(work.silos_yaml, work.kits.parent)
         for site in self.fleet.sites:
             gate.allow(work.kits / site, work.start)
-        how = dict(rounds=work.rounds, seed=SEED, quorum=len(SIZES), evaluate=False)
-        self.job = Run("latency", work.start, settings=work.settings, **how)
+        how = dict(rounds=work.rounds, seed=SEED, quorum=len(work.places))
+        how |= dict(evaluate=False, settings=work.settings)
+        self.job = Run("latency", work.start, **how)
         self.start, self.stop = self.fleet.start, self.fleet.stop
 
     def run(self):
@@ -103,106 +95,78 @@ class Ours:
 
 
 class Flower:
-    engine, package, version = "Flower", "flwr", "flwr {}"
+    name, package = "Flower", "flwr"
     note = "TLS; state in memory; a new process per message, polls of 1 and 3 s"
-    more = {}  # environment variables
 
     def __init__(self, work):
-        self.work, self.folder, self.processes = work, work.folder / "flower", {}
-        self.address = f"localhost:{provision.free_port()}"
-        self.authority = work.kits / "server/startup/rootCA.pem"
+        self.places, self.startup = work.places, work.kits / "server/startup"
+        self.folder, self.processes = work.folder / "flower", {}
+        self.port = provision.free_port()
         (self.folder / "submit").mkdir(parents=True)
         save_file(work.start, self.folder / "initial.safetensors")
-        link = f'root-certificates = "{self.authority}"\naddress = "{self.address}"\n'
-        (self.folder / "submit/config.toml").write_text(f"[superlink.local]\n{link}")
-        run = work.settings | dict(folder=f"{self.folder}", seed=SEED, silos=len(SIZES))
+        link = f'[superlink.local]\naddress = "localhost:{self.port}"\n'
+        link += f'root-certificates = "{self.startup}/rootCA.pem"\n'
+        (self.folder / "submit/config.toml").write_text(link)
+        run = dict(folder=f"{self.folder}", seed=SEED, silos=len(self.places))
+        run |= work.settings
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in run.items()]
         (self.folder / "run.toml").write_text("".join(lines))
 
     def begin(self, who, program, *arguments):
-        programs, home = Path(sys.executable).parent, self.folder / who
-        environment = dict(HOME=f"{home}", FLWR_HOME=f"{home}", PYTHONPATH=f"{ROOT}")
-        environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+        programs, home = Path(sys.executable).parent, f"{self.folder / who}"
+        environment = dict(PATH=f"{programs}:{os.environ['PATH']}", HOME=home)
+        environment |= dict(FLWR_HOME=home, PYTHONPATH=f"{ROOT}")
         environment |= dict(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
         environment |= dict(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="2")  # as ours
+        how = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        how |= dict(env=environment, start_new_session=True)
         with (self.folder / f"{who}.log").open("wb") as log:
-            self.processes[who] = subprocess.Popen(
-                [programs / program, *arguments],
-                env=environment | self.more,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            command = [programs / program, *arguments]
+            self.processes[who] = subprocess.Popen(command, stdout=log, **how)
 
     def wait(self, condition):
         end = time.monotonic() + PATIENCE
         while not condition():
             failed = [name for name, p in self.processes.items() if p.poll()]
             if failed or time.monotonic() > end:
-                logs = {
-                    p.name: p.read_text()[-1500:] for p in self.folder.glob("*.log")
-                }
-                raise RuntimeError(
-                    f"failed: {failed}, or {PATIENCE} s are over\n{logs}"
-                )
+                logs = [
+                    p.read_text(errors="replace")[-999:]
+                    for p in self.folder.glob("*.log")
+                ]
+                raise RuntimeError(f"failed: {failed}, or time is over; {logs}")
             time.sleep(0.05)
 
+    def logged(self, who, line):
+        return line in (self.folder / f"{who}.log").read_bytes()
+
     def start(self):
-        host, port = self.address.split(":")
-        kit = self.work.kits / "server/startup"
-        tls = [
-            "--ssl-ca-certfile",
-            self.authority,
-            "--ssl-certfile",
-            kit / "server.crt",
-        ]
-        tls += ["--ssl-keyfile", kit / "server.key", "--host", host, "--port", port]
-        no_installation = "--disable-runtime-dependency-installation"
-        self.begin("superlink", "flower-superlink", *tls, no_installation)
-        self.wait(lambda: listens(host, int(port)))  # else nodes wait longer to retry
-        for k, place in enumerate(self.work.places):
-            to = ["--root-certificates", self.authority, "--superlink", self.address]
-            own = ["--port", f"{provision.free_port()}"]
-            own += ["--node-config", f'data="{place}"']
-            self.begin(f"node{k}", "flower-supernode", *to, *own)
-        logs = [self.folder / f"node{k}.log" for k in range(len(SIZES))]
-        self.wait(lambda: all(b"SuperNode ID" in log.read_bytes() for log in logs))
+        files = {"ca-cert": "rootCA.pem", "cert": "server.crt", "key": "server.key"}
+        tls = [f"--ssl-{kind}file={self.startup / files[kind]}" for kind in files]
+        server = ["--host=localhost", f"--port={self.port}"]
+        server += ["--disable-runtime-dependency-installation"]
+        self.begin("superlink", "flower-superlink", *tls, *server)
+        self.wait(lambda: self.logged("superlink", b"Uvicorn running"))
+        for place in self.places:
+            link = [f"--root-certificates={self.startup}/rootCA.pem"]
+            link += [f"--superlink=localhost:{self.port}"]
+            own = [f"--port={provision.free_port()}", f'--node-config=data="{place}"']
+            self.begin(place.name, "flower-supernode", *link, *own)
+        self.wait(
+            lambda: all(self.logged(p.name, b"SuperNode ID") for p in self.places)
+        )
 
     def run(self):
         """When the rounds ended, and the final model."""
-        app, options = Path(__file__).parent / "flower_app", self.folder / "run.toml"
-        self.begin("submit", "flwr", "run", app, "local", "--run-config", options)
+        app, settings = Path(__file__).parent / "flower_app", self.folder / "run.toml"
+        self.begin("submit", "flwr", "run", app, "local", "--run-config", settings)
         final = self.folder / "final.safetensors"
         self.wait(final.exists)
         ends = [float(line) for line in (self.folder / "ends").read_text().split()]
         return ends[1:], load_file(final)  # the first one is before round 1
 
     def stop(self):
-        server = self.processes.pop("superlink")
-        for processes in (self.processes.values(), [server]):
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=20)
-
-
-class FlowerShortPoll(Flower):
-    """With a setting that is in its code, but that we found in no documentation."""
-
-    engine = "Flower, short poll"
-    note = f"{Flower.note}; FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.25, not documented"
-    more = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
-
-
-def listens(host, port):
-    with socket.socket() as probe:
-        return probe.connect_ex((host, port)) == 0
-
-
-def descendants():
-    return psutil.Process().children(recursive=True)
+        for process in self.processes.values():
+            process.terminate()
 
 
 def reap(seconds):
@@ -212,7 +176,7 @@ def reap(seconds):
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        left = descendants()
+        left = psutil.Process().children(recursive=True)
         if not left or time.monotonic() > end:
             return left
         time.sleep(0.02)
@@ -222,17 +186,23 @@ def watch(peak, over):
     """Keep the largest sum of resident memory of all descendants, in bytes."""
     while not over.wait(0.2):
         total = 0
-        for process in descendants():
+        for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 total += process.memory_info().rss
         peak[0] = max(peak[0], total)
 
 
-def measure(engine, rounds):
-    """One run: seconds, CPU seconds, MB, and the number of processes left after it."""
+def busy():
+    """CPU seconds: of this process, of its descendants that ended, of the machine."""
+    own = os.times()
+    return sum(own[:2]), sum(own[2:4]), sum(psutil.cpu_times()[:3])
+
+
+def measure(engine, silos, rounds):
+    """One run: seconds, CPU seconds, GB, and the number of processes left after it."""
     with tempfile.TemporaryDirectory(prefix="latency_") as folder:
-        work = Work(Path(folder), rounds)
-        one, before, took = engine(work), cpu_seconds(), {}
+        work = Work(Path(folder), silos, rounds)
+        one, load, before = engine(work), os.getloadavg()[0], busy()
         peak, over, began = [0], threading.Event(), time.time()
         watcher = threading.Thread(target=watch, args=(peak, over))
         watcher.start()
@@ -245,54 +215,49 @@ def measure(engine, rounds):
             over.set()
             watcher.join()
             one.stop()
-            left = reap(10)
-            stopped = time.time()
+            left = reap(20)
+            stopped, after = time.time(), busy()
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             reap(10)
-        work.check(final)
-    rounds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    assert len(ends) == rounds
+    for name, value in work.end.items():
+        if value.is_floating_point():  # up to the order of additions
+            torch.testing.assert_close(final[name], value, rtol=0, atol=1e-5)
+    later = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    own, cpu, machine = (b - a for a, b in zip(before, after, strict=True))
     took = dict(ready_s=submitted - began, first_round_s=ends[0] - submitted)
-    took |= dict(later_round_s=statistics.median(rounds), stop_s=stopped - stopping)
-    took |= dict(cpu_s=cpu_seconds() - before, peak_rss_mb=peak[0] / 1e6)
-    return took | dict(left=len(left), load=os.getloadavg()[0])
-
-
-def cpu_seconds():
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    took |= dict(later_round_s=statistics.median(later), stop_s=stopped - stopping)
+    took |= dict(cpu_s=cpu, peak_rss_gb=peak[0] / 1e9, left=len(left), load_before=load)
+    took |= dict(cores_of_others=(machine - cpu - own) / (stopped - began))
+    return {name: round(value, 2) for name, value in took.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="1 run, 2 rounds, no file")
     smoke = parser.parse_args().smoke
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans come to us
-    engines = [Ours, Flower, FlowerShortPoll]
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # adopt orphans: none is missed
+    engines = [Ours, Flower]
     if not importlib.util.find_spec("flwr"):
-        print(
-            "SKIPPED: Flower is not installed (requirements-dev.txt)", file=sys.stderr
-        )
+        print("SKIPPED: Flower, see requirements-dev.txt", file=sys.stderr)
         engines = [Ours]
-    runs = {engine: [] for engine in engines}
-    for _ in range(1 if smoke else 3):
-        for engine in engines:
-            runs[engine].append(measure(engine, rounds=2 if smoke else 5))
-            last = {key: round(value, 2) for key, value in runs[engine][-1].items()}
-            print(engine.engine, last, flush=True)
-    rows = []
-    for engine in engines:
-        row = dict(engine=engine.engine)
-        row["version"] = engine.version.format(version(engine.package))
-        for key in runs[engine][0]:
-            row[key] = round(statistics.median(r[key] for r in runs[engine]), 1)
-        rows.append(row | dict(runs=len(runs[engine]), note=engine.note))
+    cases = [
+        (silos, e) for silos in ([SILOS] if smoke else [SILOS, 1]) for e in engines
+    ]
+    found = []
+    for silos, engine in cases * (1 if smoke else RUNS):
+        row = dict(engine=engine.name, version=version(engine.package), silos=silos)
+        row |= dict(note=engine.note) | measure(engine, silos, rounds=2 if smoke else 5)
+        found.append(row)
+        print(row, flush=True)
     if not smoke and len(engines) > 1:
-        with (ROOT / "docs/results/engines.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        keys = ["silos", "engine", "version", "note"]
+        table = pd.DataFrame(found).groupby(keys, sort=False).median().reset_index()
+        table["note"] = table.pop("note")  # last
+        path = ROOT / "docs/results/engines.csv"
+        table.round(2).to_csv(path, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from fl_helpers import hospital
 from fl_helpers.simulation import silo_rng
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train()
