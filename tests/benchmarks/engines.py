@@ -3,11 +3,11 @@
     python tests/benchmarks/engines.py           # docs/results/engines.csv, 15 minutes
     python tests/benchmarks/engines.py --smoke   # one short run each, writes nothing
 
-A server and four silos, each with processes of its own, on the loopback interface, with
-the same certificates. Both call `hospital.client` at the silos and average; nothing is
-evaluated; both must end with the model of `run_rounds`. They take turns, so that a busy
-machine slows both; medians of three runs. And with one silo: four on a small machine
-wait for each other's cores, which on four machines they would not. Linux only.
+A server and four silos, processes of their own, on the loopback interface, with the same
+certificates. Both call `hospital.client` at the silos and average; nothing is evaluated;
+both must end with the model of `run_rounds`. They take turns, so that a busy machine
+slows both; medians of three runs. And with one silo: four on a small machine wait for
+each other's cores, which on four machines they would not. Linux only.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from importlib.metadata import version
+from itertools import pairwise, product
 from pathlib import Path
 
 import pandas as pd
@@ -43,7 +44,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SILOS, IMAGES, CLASSES, SEED, RUNS = 4, 64, 10, 0, 3
 TRAINING = dict(epochs=1, lr=0.02, batch_size=16)
 PATIENCE = 300  # seconds, for each step
-PR_SET_CHILD_SUBREAPER = 36
 
 
 class Work:
@@ -51,7 +51,7 @@ class Work:
 
     def __init__(self, folder, num_silos, rounds):
         silos, members = image_silos(num_silos, IMAGES), []
-        self.folder, self.rounds = folder, rounds
+        self.folder, self.how = folder, dict(rounds=rounds, seed=SEED)
         self.places = [folder / f"data/silo_{k}" for k in range(num_silos)]
         for k, silo in enumerate(silos):
             test = Examples(*(part[:1].clone() for part in silo.train))  # not used
@@ -61,16 +61,16 @@ class Work:
         shared = dict(organisation="coordinator", admin="admin@coordinator.org")
         shared |= dict(host="localhost", port=0, client="fl_helpers.hospital:client")
         federation = dict(project="latency", on_premises=shared, silos=members)
-        self.silos_yaml = folder / "silos.yaml"  # JSON is YAML
-        self.silos_yaml.write_text(json.dumps(federation))
-        made = provision.read_silos(self.silos_yaml)
-        self.kits = provision.provision(made, folder / "fleet")
+        self.silos_yaml = folder / "silos.yaml"
+        self.silos_yaml.write_text(json.dumps(federation))  # JSON is YAML
+        federation = provision.read_silos(self.silos_yaml)
+        self.kits = provision.provision(federation, folder / "fleet")
         self.settings = dict(num_classes=CLASSES, rounds=rounds, **TRAINING)
         torch.manual_seed(SEED)
         self.start = small_cnn(CLASSES).state_dict()
         update = hospital.client(self.places[0], self.settings).update
-        how = dict(rounds=rounds, seed=SEED, progress=False)
-        done = run_rounds(self.start, silos, update, weighted_average, **how)
+        work = self.start, silos, update, weighted_average
+        done = run_rounds(*work, progress=False, **self.how)
         self.end = done.params
 
 
@@ -82,9 +82,8 @@ class Ours:
         self.fleet = Fleet(work.silos_yaml, work.kits.parent)
         for site in self.fleet.sites:
             gate.allow(work.kits / site, work.start)
-        how = dict(rounds=work.rounds, seed=SEED, quorum=len(work.places))
-        how |= dict(evaluate=False, settings=work.settings)
-        self.job = Run("latency", work.start, **how)
+        how = dict(work.how, quorum=len(work.places), evaluate=False)
+        self.job = Run("latency", work.start, settings=work.settings, **how)
         self.start, self.stop = self.fleet.start, self.fleet.stop
 
     def run(self):
@@ -114,12 +113,11 @@ class Flower:
 
     def begin(self, who, program, *arguments):
         programs, home = Path(sys.executable).parent, f"{self.folder / who}"
-        environment = dict(PATH=f"{programs}:{os.environ['PATH']}", HOME=home)
-        environment |= dict(FLWR_HOME=home, PYTHONPATH=f"{ROOT}")
-        environment |= dict(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
-        environment |= dict(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="2")  # as ours
-        how = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        how |= dict(env=environment, start_new_session=True)
+        env = dict(PATH=f"{programs}:{os.environ['PATH']}", HOME=home, FLWR_HOME=home)
+        env |= dict(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
+        env |= dict(PYTHONPATH=f"{ROOT}", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="2")
+        how = dict(env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        how |= dict(start_new_session=True)  # an interrupt is for us to handle
         with (self.folder / f"{who}.log").open("wb") as log:
             command = [programs / program, *arguments]
             self.processes[who] = subprocess.Popen(command, stdout=log, **how)
@@ -127,12 +125,9 @@ class Flower:
     def wait(self, condition):
         end = time.monotonic() + PATIENCE
         while not condition():
-            failed = [name for name, p in self.processes.items() if p.poll()]
+            failed = [who for who, process in self.processes.items() if process.poll()]
             if failed or time.monotonic() > end:
-                logs = [
-                    p.read_text(errors="replace")[-999:]
-                    for p in self.folder.glob("*.log")
-                ]
+                logs = [p.read_text()[-999:] for p in self.folder.glob("*.log")]
                 raise RuntimeError(f"failed: {failed}, or time is over; {logs}")
             time.sleep(0.05)
 
@@ -156,13 +151,13 @@ class Flower:
         )
 
     def run(self):
-        """When the rounds ended, and the final model."""
         app, settings = Path(__file__).parent / "flower_app", self.folder / "run.toml"
         self.begin("submit", "flwr", "run", app, "local", "--run-config", settings)
-        final = self.folder / "final.safetensors"
-        self.wait(final.exists)
-        ends = [float(line) for line in (self.folder / "ends").read_text().split()]
-        return ends[1:], load_file(final)  # the first one is before round 1
+        self.wait((self.folder / "final.safetensors").exists)
+        lines = (self.folder / "ends").read_text().split()[1:]  # [0] is before round 1
+        return [float(line) for line in lines], load_file(
+            self.folder / "final.safetensors"
+        )
 
     def stop(self):
         for process in self.processes.values():
@@ -171,15 +166,13 @@ class Flower:
 
 def reap(seconds):
     """Wait until all descendants have ended and their CPU time is ours; else who."""
-    end = time.monotonic() + seconds
-    while True:
+    end, own = time.monotonic() + seconds, psutil.Process()
+    while (left := own.children(recursive=True)) and time.monotonic() < end:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        left = psutil.Process().children(recursive=True)
-        if not left or time.monotonic() > end:
-            return left
         time.sleep(0.02)
+    return left
 
 
 def watch(peak, over):
@@ -225,7 +218,7 @@ def measure(engine, silos, rounds):
     for name, value in work.end.items():
         if value.is_floating_point():  # up to the order of additions
             torch.testing.assert_close(final[name], value, rtol=0, atol=1e-5)
-    later = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    later = [b - a for a, b in pairwise(ends)]
     own, cpu, machine = (b - a for a, b in zip(before, after, strict=True))
     took = dict(ready_s=submitted - began, first_round_s=ends[0] - submitted)
     took |= dict(later_round_s=statistics.median(later), stop_s=stopped - stopping)
@@ -238,26 +231,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="1 run, 2 rounds, no file")
     smoke = parser.parse_args().smoke
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # adopt orphans: none is missed
-    engines = [Ours, Flower]
-    if not importlib.util.find_spec("flwr"):
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
+    engines = [Ours, Flower] if importlib.util.find_spec("flwr") else [Ours]
+    if Flower not in engines:
         print("SKIPPED: Flower, see requirements-dev.txt", file=sys.stderr)
-        engines = [Ours]
-    cases = [
-        (silos, e) for silos in ([SILOS] if smoke else [SILOS, 1]) for e in engines
-    ]
-    found = []
-    for silos, engine in cases * (1 if smoke else RUNS):
+    numbers, found = [SILOS] if smoke else [SILOS, 1], []
+    for silos, engine in [*product(numbers, engines)] * (1 if smoke else RUNS):
         row = dict(engine=engine.name, version=version(engine.package), silos=silos)
         row |= dict(note=engine.note) | measure(engine, silos, rounds=2 if smoke else 5)
         found.append(row)
         print(row, flush=True)
-    if not smoke and len(engines) > 1:
+    if not smoke and Flower in engines:
         keys = ["silos", "engine", "version", "note"]
         table = pd.DataFrame(found).groupby(keys, sort=False).median().reset_index()
         table["note"] = table.pop("note")  # last
-        path = ROOT / "docs/results/engines.csv"
-        table.round(2).to_csv(path, index=False, lineterminator="\n")
+        table.round(2).to_csv(ROOT / "docs/results/engines.csv", index=False)
 
 
 if __name__ == "__main__":
