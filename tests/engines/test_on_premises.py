@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import socket
 from dataclasses import replace
 
 import psutil
@@ -34,6 +35,7 @@ def fleet(silos_yaml, params, tmp_path_factory):
     fleet = Fleet(silos_yaml, folder, ready=60)
     for who in ("server", *fleet.sites):
         add_neighbour(fleet, who)
+    (folder / "code" / "sitecustomize.py").write_text(RECORD_LOOK_UPS)
     with fleet:
         agree(fleet, params)
         yield fleet
@@ -48,6 +50,25 @@ def add_neighbour(fleet, who):
     component = {"id": "neighbour", "path": "dishonest.Neighbour", "args": {}}
     resources["components"].append(component)
     path.write_text(json.dumps(resources))
+
+
+RECORD_LOOK_UPS = """
+import os, socket
+
+def note(text):
+    with open(os.path.join(os.environ["HOME"], "looked_up"), "a") as file:
+        print(text, file=file)
+
+def recorded(real):
+    def look_up(host, *args, **more):
+        note(host)
+        return real(host, *args, **more)
+    return look_up
+
+note("recording")
+for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
+    setattr(socket, name, recorded(getattr(socket, name)))
+"""
 
 
 def agree(fleet, params, keep_local=()):
@@ -111,6 +132,22 @@ def test_three_rounds_equal_the_simulation(fleet, params, silos):
     assert {e["what"]: e["bytes"] for e in sent} == {
         name: value.nbytes for name, value in params.items()
     }
+
+
+def test_no_host_but_this_one_is_looked_up_or_connected_to(fleet, params):
+    run, remote = new_run("at_home", params, rounds=2), set()
+    for event in fleet.run(run, timeout=LIMIT):
+        if event["event"] == "round_end":
+            for process in fleet.own_processes():
+                for link in process.net_connections("tcp"):
+                    remote |= (
+                        {link.raddr.ip.removeprefix("::ffff:")} if link.raddr else set()
+                    )
+    assert remote == {"127.0.0.1"}  # there are connections, all of them here
+    own = {"localhost", "127.0.0.1", "::1", "None", "", "0.0.0.0", socket.gethostname()}
+    for who in ("server", *fleet.sites):
+        names = (fleet.kits / who / "looked_up").read_text().split("\n")
+        assert "recording" in names and set(names) <= own | {"recording"}, who
 
 
 def test_scaffold_with_a_killed_worker_equals_the_simulation(fleet, silos, params):
