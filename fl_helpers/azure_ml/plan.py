@@ -485,7 +485,7 @@ def _check_places(plan: Plan) -> Iterator[Violation]:
         for flow in filter(_in_store, job.reads):
             folders = _above(flow)
             other = inside.get(folders[-1]) or _first(exact, folders)
-            if other and other != f"{flow.producer}.{flow.output}":
+            if other and not flow.producer:
                 rule = f"{flow.name} reads what {other} writes, without waiting for it"
                 yield Violation(job.name, rule, "bind the input to that output")
 
