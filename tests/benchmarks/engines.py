@@ -94,7 +94,7 @@ class Ours:
 
 class Flower:
     name, package = "Flower", "flwr"
-    note = "TLS; state in memory; a new process per message, polls of 1 and 3 s"
+    note = "TLS guide; state in memory; a new process per message; fixed polls of 3 s"
 
     def __init__(self, work):
         self.places, self.startup = work.places, work.kits / "server/startup"
