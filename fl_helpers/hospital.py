@@ -59,7 +59,7 @@ def save_silo(silo: Silo, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"train_x": silo.train.x, "train_y": silo.train.y}
     tensors |= {"test_x": silo.test.x, "test_y": silo.test.y}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    tensors = {name: value.clone() for name, value in tensors.items()}  # not shared
     save_file(tensors, folder / DATA, metadata={"silo": silo.name})
 
 

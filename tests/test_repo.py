@@ -1,6 +1,7 @@
 """Rules that keep the project small, honest and copyable."""
 
 import ast
+import csv
 import json
 import re
 import shutil
@@ -211,3 +212,14 @@ def test_requirements_say_who_uses_them():
         for line in (ROOT / name).read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert "# used by: " in line, line
+
+
+def test_the_engines_latency_is_what_was_measured():
+    text = (ROOT / "docs/on-premises.md").read_text()
+    with (ROOT / "docs/results/engines.csv").open() as file:
+        for row in csv.DictReader(file):
+            first, later, cpu = (
+                float(row[f"{key}_s"]) for key in ("first_round", "later_round", "cpu")
+            )
+            line = f"{row['version']} | {first:.0f} | {later:.1f} | {cpu:.0f} |"
+            assert re.search(rf"\| {row['silos']} \| .* {re.escape(line)}", text), line
