@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
 from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey
 from nvflare.fuel.f3.endpoint import Endpoint
 from nvflare.fuel.f3.message import Message
+from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
 from fl_helpers.on_premises import controller, executor, gate, provision, runs, site
@@ -130,6 +133,8 @@ def test_a_hospitals_policy(kits):
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert resources["class_allow_list"] == [path_of(executor.SiteExecutor)]
     assert resources["allow_log_streaming"] is False
+    parts = {part["path"] for part in resources["components"]}
+    assert {path_of(SiteGuard), path_of(site.RelaunchLauncher)} <= parts
     rights = json.loads((local / "authorization.json").read_text())["permissions"]
     assert rights["project_admin"]["byoc"] == "none"
     assert rights["lead"] == {"view": "any"}
@@ -137,6 +142,22 @@ def test_a_hospitals_policy(kits):
     gates = scopes["scopes"][0]["task_result_filters"]
     assert [g["path"] for g in gates] == [path_of(gate.EgressGate)]
     assert site.read_site(kits / "Hospital-A").silo == "Hospital A"
+
+
+def test_the_servers_policy(kits):
+    local = kits / "server" / "local"
+    resources = json.loads((local / "resources.json").read_text())
+    assert resources["class_allow_list"] == [path_of(controller.RoundController)]
+    assert path_of(HubGuard) in {part["path"] for part in resources["components"]}
+    stores = [resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"]]
+    stores += [
+        part["args"]["uri_root"]
+        for part in resources["components"]
+        if part["id"] == "job_manager"
+    ]
+    assert all(store.startswith(str(kits / "server")) for store in stores)
+    rights = json.loads((local / "authorization.json").read_text())["permissions"]
+    assert rights["project_admin"]["shell_commands"] == "none"
 
 
 def test_kits_are_not_overwritten(kits):
@@ -425,6 +446,88 @@ def test_a_process_ends_with_its_parent(tmp_path):
     started.wait()
     psutil.wait_procs([grandchild], timeout=10)
     assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+
+
+# ---- the executor
+
+
+COUNTING = """
+from types import SimpleNamespace
+from fl_helpers.client import Client
+from fl_helpers.training import Update
+
+def client(data, settings):
+    silo = SimpleNamespace(name=data.name, train=([0], [0]))
+    def update(params, silo, *, round_index, rng):
+        params = {**params, "own": params["own"] + 1}
+        return Update(silo.name, params, 1, {"train_loss": 0.5})
+    def evaluate(params, silo):
+        return {"loss": 0.25, "worst": float("nan")}
+    return Client(silo, update, evaluate)
+"""
+
+
+@pytest.fixture
+def train(kit, tmp_path):
+    """train(round): what the executor of a kit makes of a task; "own" counts up."""
+    (tmp_path / "mine.py").write_text(COUNTING)
+    own = site.read_site(kit)
+    own = replace(own, data="/Hospital A", client=f"{tmp_path}/mine.py:client")
+    site.write_local(kit, "site.json", vars(own))
+    workspace, context = Workspace(str(kit)), FLContext()
+    context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace)
+    context.set_prop(FLContextKey.CURRENT_RUN, "job")
+    config = Path(workspace.get_app_dir("job")) / executor.CONFIG
+    config.mkdir(parents=True)
+    save_file(STATE, config / executor.INITIAL)
+
+    def train(round_index, task="train"):
+        worker = executor.SiteExecutor("id", 1, list(STATE), ["own"], {})  # a new one
+        exchange.write_model(tmp_path / "model", SENT, round_index=round_index)
+        message = gate.pack(tmp_path / "model")
+        message["round"], message["evaluate"] = round_index, True
+        return worker.execute(task, message, context, Signal())
+
+    return train
+
+
+def own_entry(kit):
+    kept = sorted((kit / "kept" / "id").glob("*.safetensors"))
+    return {path.stem: load_file(path)["own"][0].item() for path in kept}
+
+
+def test_entries_that_stay_are_kept_for_two_rounds_and_a_round_can_be_repeated(
+    train, kit
+):
+    for round_index in (0, 1, 2):
+        update = train(round_index)["update"].update
+        assert update.params.keys() == SENT.keys()
+    assert own_entry(kit) == {"000001": 2.0, "000002": 3.0}  # after each round
+    train(2)  # again, as after a crash: from round 1's, not from its own result
+    assert own_entry(kit) == {"000001": 2.0, "000002": 3.0}
+
+
+def test_metrics_that_are_no_numbers_stay(train):
+    metrics = train(0)["update"].update.metrics
+    assert metrics == {"train_loss": 0.5, "test_loss": 0.25}
+    tested = train(0, task="evaluate")["update"].update
+    assert tested.params == {} and tested.metrics == {"test_loss": 0.25}
+
+
+def test_data_of_another_silo_are_not_trained_on(train, kit):
+    own = replace(site.read_site(kit), data="/Hospital B")
+    site.write_local(kit, "site.json", vars(own))
+    assert train(0).get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+
+
+def test_of_an_exception_only_a_code_is_handed_on(train, kit):
+    site.write_local(kit, "egress.json", {"entries": {}})  # then reading it fails
+    answer = train(0)
+    assert answer.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert "update" not in answer and "KeyError" not in str(answer)
+
+
+# ---- runs
 
 
 @pytest.mark.parametrize(
