@@ -223,3 +223,12 @@ def test_the_engines_latency_is_what_was_measured():
             )
             line = f"{row['version']} | {first:.0f} | {later:.1f} | {cpu:.0f} |"
             assert re.search(rf"\| {row['silos']} \| .* {re.escape(line)}", text), line
+
+
+def test_python_in_the_concepts_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/concepts.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {})
+    assert len(blocks) == 2 and "train_loss" in capsys.readouterr().out
