@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from fl_helpers import exchange
 from fl_helpers.on_premises import controller, executor, gate, provision, runs, site
 from fl_helpers.on_premises.guards import HubGuard, SiteGuard
+from fl_helpers.on_premises.runs import RunError
 from fl_helpers.training import Update
 
 EXAMPLE = Path(exchange.__file__).with_name("silos.yaml")
@@ -587,3 +588,52 @@ def test_a_quorum_that_cannot_be_reached(tmp_path, kit):
     run = runs.Run("x", STATE, rounds=1, seed=1, quorum=2)
     with pytest.raises(ValueError, match="quorum 2, but there are 1 hospitals"):
         runs.write_job(run, tmp_path, [site.read_site(kit)])
+
+
+class Engine:
+    """A session whose runs begin, and end at once with the same verdict."""
+
+    def __init__(self, verdict, log):
+        self.verdict, self.log, self.submitted = verdict, log, 0
+
+    def submit_job(self, folder):
+        self.submitted += 1
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as file:
+            file.write('{"event": "start", "round": 0}\n')
+        return "job"
+
+    def get_job_meta(self, job):
+        return {"status": self.verdict}
+
+    def abort_job(self, job):
+        pass
+
+
+@pytest.mark.parametrize(
+    "verdict, submitted, message",
+    [
+        ("FINISHED:EXECUTION_EXCEPTION", 3, "ended 3 times, as FINISHED:EXEC"),
+        ("FINISHED:ABORTED", 1, "ended as FINISHED:ABORTED"),  # somebody wanted that
+    ],
+)
+def test_a_run_goes_on_only_if_nobody_stopped_it(
+    kit, tmp_path, monkeypatch, verdict, submitted, message
+):
+    clock = iter(range(10**6))
+    fast = SimpleNamespace(
+        monotonic=lambda: next(clock), time=time.time, sleep=lambda seconds: None
+    )
+    monkeypatch.setattr(runs, "time", fast)
+    run = runs.Run("stopped", STATE, rounds=1, seed=0, quorum=1)
+    engine = Engine(verdict, tmp_path / "server" / "runs" / run.name / "events.jsonl")
+    events = runs.play(
+        run,
+        engine,
+        sites=[site.read_site(kit)],
+        server_kit=tmp_path / "server",
+        jobs=tmp_path / "jobs",
+    )
+    with pytest.raises(RunError, match=message):
+        list(events)
+    assert engine.submitted == submitted
