@@ -1,5 +1,6 @@
 """A notebook's part in the tests: starts a fleet and a run, and is then ended."""
 
+import signal
 import sys
 
 from fl_helpers.on_premises import gate
@@ -10,6 +11,8 @@ from . import hospital
 from .conftest import METRICS
 
 if __name__ == "__main__":
+    # As in a notebook's kernel; a shell may start us in the background, without it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     silos_yaml, folder = sys.argv[1:]
     params = hospital.new_model().state_dict()
     run = Run("endless", params, rounds=10_000, seed=1, quorum=1, metrics=METRICS)
