@@ -251,38 +251,40 @@ def likelihood_ratio(
 # -- property leakage
 
 
-def label_mix(
-    bias_change: Tensor,
-    probabilities: Tensor,
-    classes: Tensor,
-    *,
-    lr: float,
-    steps: float,
-    momentum: float = 0.9,
-) -> Tensor:
-    """Share of each class in a silo's training data [K], from one update.
+def draw_mix(
+    examples: tuple[Tensor, Tensor], mix: Tensor, count: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`count` of the examples, with about these shares of each class [K], shuffled;
+    drawn with replacement, so a few of each class are enough."""
+    x, y = examples
+    weights = mix.double()[y] / torch.bincount(y, minlength=len(mix)).double()[y]
+    rows = torch.multinomial(weights, count, replacement=True, generator=rng)
+    return x[rows], y[rows]
 
-    A step moves the last layer's bias by lr * (share of a class in the batch - mean
-    probability that the model gives it). bias_change [K]: after less before. The
-    attacker knows the recipe (lr, steps, momentum), and from labelled examples of its
-    own how the model answers each class: probabilities [M, K] with classes [M]; take
-    the mean of the models before and after. Then mix = mix @ answers + bias_change /
-    path length is linear in the mix; solved by least squares, with sum 1, cut at 0.
+
+def label_mix(change: Tensor, simulated: Tensor, mixes: Tensor) -> Tensor:
+    """Share of each class in a silo's training data [K], guessed from its update.
+
+    Training raises the last layer's bias for classes that are more frequent than the
+    model expects. The attacker knows the model and the recipe: it trains on examples of
+    its own with many label mixes (`draw_mix`) and sees how the bias answers. change
+    [F]: last layer's bias in the silo's update less that of the global model, or other
+    numbers that depend on the mix; simulated [S, F]: those of the attacker's own
+    updates; mixes [S, K]. Fits log(mix) = change @ slope + offset by least squares (a
+    small relative of Melis et al. 2019, section 4.2).
     """
-    num_classes = len(bias_change)
-    answers = torch.stack(
-        [probabilities[classes == k].double().mean(0) for k in range(num_classes)]
-    )
-    if answers.isnan().any():
-        counts = torch.bincount(classes, minlength=num_classes).tolist()
-        raise ValueError(f"own examples of each class are needed, got {counts}")
-    rho = momentum
-    length = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
-    unknown = torch.eye(num_classes, dtype=torch.float64) - answers.T
-    system = torch.cat([unknown, torch.ones(1, num_classes, dtype=torch.float64)])
-    right = torch.cat([bias_change.double() / (lr * length), torch.ones(1).double()])
-    mix = torch.linalg.lstsq(system, right[:, None]).solution[:, 0].clamp(min=0)
-    return (mix / mix.sum()).float()
+    if len(simulated) != len(mixes) or len(mixes) < 2 * (len(change) + 1):
+        raise ValueError(
+            f"{len(simulated)} simulated updates with {len(mixes)} mixes cannot fit "
+            f"{len(change)} numbers; make at least {2 * (len(change) + 1)}"
+        )
+    ones = torch.ones(len(mixes) + 1, 1, dtype=torch.float64)
+    seen = torch.cat([torch.cat([simulated, change[None]]).double(), ones], dim=1)
+    target = (mixes.double() + 0.02).log()  # a class may be absent
+    target -= target.mean(1, keepdim=True)
+    # gelsd: bias changes add up to 0 over the classes, so one column says nothing new.
+    fit = torch.linalg.lstsq(seen[:-1], target, driver="gelsd").solution
+    return (seen[-1] @ fit).softmax(0).float()
 
 
 def _logit(losses: Tensor) -> Tensor:
