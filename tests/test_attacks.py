@@ -95,7 +95,7 @@ def test_inversion_of_a_linear_layer_is_exact_for_one_and_not_for_many():
     assert np.mean(recovered) < 0.5
 
 
-def test_inversion_of_a_smooth_network_finds_one_image_and_not_one_of_twelve():
+def test_inversion_of_a_smooth_network_finds_one_image_and_not_one_of_eight():
     x, y = radiographs()
     torch.manual_seed(0)
     model = smooth_cnn()
@@ -103,14 +103,14 @@ def test_inversion_of_a_smooth_network_finds_one_image_and_not_one_of_twelve():
 
     def seen(rows, **options):
         sent = what_is_sent(model, x[rows], y[rows], **options)
-        how = dict(rng=rng(), iterations=120, bounds=(-2.0, 2.0))
+        how = dict(rng=rng(), iterations=160, bounds=(-2.0, 2.0))
         found = invert_gradient(model, sent, y[rows], (1, 32, 32), **how)
         best = closest(found, x[rows], span=SPAN)
         return [ssim(a, b, span=SPAN) for a, b in zip(best, x[rows], strict=True)]
 
     average = ssim(x.mean(0), x[5], span=SPAN)  # what needs no attack
-    assert seen([5])[0] > 0.97 > average
-    assert np.mean(seen(list(range(12)))) < 0.5
+    assert seen([5])[0] > 0.95 > average
+    assert np.mean(seen(list(range(8)))) < 0.5
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -125,7 +125,7 @@ def test_noise_on_the_gradient_stops_inversion():
         name: v / norm + 0.1 * torch.randn(v.shape, generator=rng(1))
         for name, v in sent.items()
     }
-    how = dict(rng=rng(), iterations=120, bounds=(-2.0, 2.0))
+    how = dict(rng=rng(), iterations=160, bounds=(-2.0, 2.0))
     found = invert_gradient(model, noisy, y[5:6], (1, 32, 32), **how)
     assert ssim(found[0], x[5], span=SPAN) < 0.4 < ssim(x.mean(0), x[5], span=SPAN)
 
