@@ -38,7 +38,6 @@ from fl_helpers.compression import (
 )
 from fl_helpers.models import mlp, small_cnn
 from fl_helpers.privacy import (
-    SPENT,
     Account,
     Budget,
     noise_for,
