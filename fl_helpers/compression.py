@@ -1,8 +1,7 @@
 """Smaller updates for slow uplinks: deltas in 8 bits, or only their largest values.
 
 What is lost in a round is added to the next one's delta (error feedback): it arrives
-late, not never. Packed updates are plain tensors. Needs only torch: copy this file on
-its own.
+late, not never. Packed updates are plain tensors. Needs torch: copy this file alone.
 """
 
 from __future__ import annotations

@@ -94,19 +94,14 @@ def noise_for(budget: Budget, *, sample_rate: float, steps: int) -> float:
     """The least noise multiplier with which so many steps keep within the budget."""
     if math.isinf(budget.epsilon):
         return 0.0
-    return get_noise_multiplier(
-        target_epsilon=budget.epsilon,
-        target_delta=budget.delta,
-        sample_rate=sample_rate,
-        steps=steps,
-        alphas=_ORDERS,
-    )
+    goal = dict(target_epsilon=budget.epsilon, target_delta=budget.delta)
+    how = dict(sample_rate=sample_rate, steps=steps, alphas=_ORDERS)
+    return get_noise_multiplier(**goal, **how)
 
 
 def nothing_spent() -> Params:
-    """The entry that an account needs before the first round:
-    `run_rounds(params | nothing_spent(), ..., keep_local=[SPENT])`: it stays in the
-    silo and in the run's checkpoint."""
+    """What an account needs before the first round; it stays in the silo, and in the
+    checkpoint: `run_rounds(params | nothing_spent(), ..., keep_local=[SPENT])`."""
     return {SPENT: torch.zeros(0, 3, dtype=torch.float64)}
 
 
@@ -239,10 +234,8 @@ def secret_rng(
 
 
 def with_tanh(model: nn.Module) -> nn.Module:
-    """Put Tanh in place of every ReLU, in the model itself, and return it.
-
-    Bounded activations keep gradients near the clipping norm (Papernot et al. 2021).
-    """
+    """Put Tanh in place of every ReLU, in the model itself, and return it: bounded
+    activations keep gradients near the clipping norm (Papernot et al. 2021)."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU):
             model.set_submodule(path, nn.Tanh())
@@ -277,6 +270,11 @@ def privatise_update(
             f"no norm bounds {whole[:3]} of silo {update.silo!r}; use a model without "
             "BatchNorm, small_cnn(norm='group')"
         )
+    if not (clip > 0 and account.budget.delta < 1 / num_silos):
+        raise ValueError(
+            f"clip must be > 0 and delta below 1 / num_silos = {1 / num_silos:.2g}, "
+            f"got {clip} and {account.budget.delta:g}"
+        )
     account.spend(noise_multiplier, 1.0, 1)
     delta = {name: update.params[name] - value for name, value in state.items()}
     norm = math.sqrt(sum(v.double().square().sum().item() for v in delta.values()))
@@ -291,11 +289,9 @@ def privatise_update(
 def ledger(
     rounds: Iterable[Mapping[str, Any]], budget: Budget, *, mechanism: str = "DP-SGD"
 ) -> list[dict[str, Any]]:
-    """What each silo had spent after each round, as rows for a table.
-
-    rounds: `History.rounds`, with a silo's epsilon in its training metrics. Columns:
-    silo, round (from 0), mechanism, epsilon (spent so far), remaining.
-    """
+    """What each silo had spent after each round: rows with silo, round (from 0),
+    mechanism, epsilon (so far), remaining. rounds: `History.rounds`, with each silo's
+    epsilon in its training metrics."""
     rows = []
     for record in rounds:
         for silo, metrics in sorted(record["train"].items()):

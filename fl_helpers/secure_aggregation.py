@@ -29,6 +29,7 @@ from torch import Tensor
 PRIME = 2**521 - 1  # the field of the shares; secrets have 256 bits
 SHARE_BYTES = 66
 FRACTION_BITS = 20  # of the 32 of a value: steps of 1e-6, up to 1,024 either way
+PrivateKey = x25519.X25519PrivateKey
 Vector = np.ndarray  # uint32 [values]; sums and differences wrap around at 2^32
 
 
@@ -46,8 +47,8 @@ class Participant:
 
     def __init__(self, name: str, threshold: int) -> None:
         self.name, self.threshold = name, threshold
-        self._masking = x25519.X25519PrivateKey.generate()
-        self._sharing = x25519.X25519PrivateKey.generate()
+        self._masking = PrivateKey.generate()
+        self._sharing = PrivateKey.generate()
         self._own_seed = secrets.token_bytes(32)
         self._held: dict[str, tuple[bytes, bytes]] = {}
         self._revealed = False
@@ -72,16 +73,13 @@ class Participant:
         }
 
     def mask(self, vector: Vector, inbox: Mapping[str, bytes]) -> Vector:
-        """The vector plus masks. inbox: {sender: ciphertext for this silo}; whoever is
-        not in it has dropped out before."""
+        """The vector plus masks. inbox: {sender: ciphertext}; the others are gone."""
         for sender, ciphertext in inbox.items():
             try:
                 both = self._box(sender, self.name).decrypt(bytes(12), ciphertext, None)
             except InvalidTag:
-                raise ValueError(
-                    f"the share from {sender!r} to {self.name!r} was changed on its "
-                    "way; play the round again"
-                ) from None
+                changed = f"the share from {sender!r} to {self.name!r} was changed"
+                raise ValueError(f"{changed} on its way; play it again") from None
             self._held[sender] = both[:SHARE_BYTES], both[SHARE_BYTES:]
         masked = add_mask(vector, self._own_seed)
         for peer in self._held.keys() - {self.name}:
@@ -97,10 +95,8 @@ class Participant:
         if self._revealed or set(survivors) & set(dropped):
             raise ValueError(f"silo {self.name!r} reveals one secret of each, and once")
         if len(self._held.keys() & set(survivors)) < self.threshold:
-            raise ValueError(
-                f"{len(survivors)} silos are left, {self.threshold} are needed: silo "
-                f"{self.name!r} reveals nothing; play the round again"
-            )
+            few = f"{len(survivors)} silos are left, {self.threshold} are needed"
+            raise ValueError(f"{few}: silo {self.name!r} reveals nothing; start again")
         self._revealed = True
         seeds = {name: self._held[name][1] for name in survivors}
         return seeds | {name: self._held[name][0] for name in dropped}
@@ -119,10 +115,8 @@ def unmask(
     threshold: int,
 ) -> Vector:
     """The orchestrator's step: the sum of the vectors behind `masked`, and no more.
-
     revealed: {silo: what its `reveal` returned}; hellos: of all that shared. Raises
-    ValueError if too few revealed, or shares do not give back what a silo announced.
-    """
+    ValueError if too few revealed, or shares do not give back what a silo announced."""
     if len(revealed) < threshold:
         raise ValueError(f"{len(revealed)} silos revealed, {threshold} are needed")
     place = {name: k + 1 for k, name in enumerate(sorted(hellos))}
@@ -133,15 +127,15 @@ def unmask(
             genuine = hashlib.sha256(secret).digest() == hellos[name].commitment
             total = add_mask(total, secret, plus=False)
         else:
-            key = x25519.X25519PrivateKey.from_private_bytes(secret)
+            key = PrivateKey.from_private_bytes(secret)
             genuine = public(key) == hellos[name].masking_key
             for peer in masked:  # take back what each added for the one that is gone
                 seed = pair_seed(key, hellos[peer].masking_key)
                 total = add_mask(total, seed, plus=name < peer)
         if not genuine:
             raise ValueError(
-                f"the shares for silo {name!r} do not give back what it announced: one "
-                "was changed; play the round again"
+                f"the shares for silo {name!r} do not give back what it announced: a "
+                "silo changed one; play the round again"
             )
     return total
 
@@ -192,9 +186,8 @@ def secure_average(
 
 
 def encode(params: Mapping[str, Tensor], share: float, *, silo: str) -> Vector:
-    """Params times share in steps of 2^-20, modulo 2^32, in order of names. A sum over
-    silos cannot overflow if shares sum to 1 or less. Raises ValueError for entries that
-    are not floating and values of 1,024 or more."""
+    """Params times share in steps of 2^-20, modulo 2^32, by name; sums cannot overflow
+    if shares sum to 1. Raises ValueError for whole numbers and values from 1,024 on."""
     whole = [k for k, v in params.items() if not v.is_floating_point()]
     flat = torch.cat([params[k].detach().double().flatten() for k in sorted(params)])
     limit = 2 ** (30 - FRACTION_BITS)
@@ -225,14 +218,12 @@ def add_mask(vector: Vector, seed: bytes, *, plus: bool = True) -> Vector:
     return vector + stream if plus else vector - stream
 
 
-def public(key: x25519.X25519PrivateKey) -> bytes:
+def public(key: PrivateKey) -> bytes:
     """The public half of a key."""
     return key.public_key().public_bytes_raw()
 
 
-def pair_seed(
-    own: x25519.X25519PrivateKey, peer: bytes, info: bytes = b"mask"
-) -> bytes:
+def pair_seed(own: PrivateKey, peer: bytes, info: bytes = b"mask") -> bytes:
     """32 bytes that only the holders of the two private keys can compute."""
     shared = own.exchange(x25519.X25519PublicKey.from_public_bytes(peer))
     return HKDF(SHA256(), 32, salt=None, info=info).derive(shared)
@@ -249,8 +240,7 @@ def split(secret: bytes, shares: int, threshold: int) -> list[bytes]:
 
 
 def join(shares: Mapping[int, bytes]) -> bytes:
-    """The secret of {point: share}, by Lagrange interpolation at 0; 32 bytes. Wrong
-    shares give another value: compare it with something known."""
+    """The secret of {point: share}, by Lagrange interpolation at 0."""
     secret = 0
     for x, share in shares.items():
         top, bottom = int.from_bytes(share, "big"), 1

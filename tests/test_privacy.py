@@ -342,6 +342,17 @@ def test_tanh_takes_the_place_of_relu():
     assert kinds.count(nn.Tanh) == 3 and nn.ReLU not in kinds
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_trains_on_a_gpu_and_sends_from_the_cpu(silos):
+    torch.manual_seed(0)
+    model = small_cnn(2, norm="group")
+    on_cpu = train(copy.deepcopy(model), silos[0])
+    on_gpu = train(model, silos[0], device="cuda")
+    for name, value in on_cpu.params.items():
+        assert on_gpu.params[name].device.type == "cpu"
+        torch.testing.assert_close(on_gpu.params[name], value, rtol=1e-3, atol=1e-4)
+
+
 # -- over rounds
 
 
@@ -371,6 +382,14 @@ def test_the_account_survives_a_resume_and_the_bits_are_the_same(silos, tmp_path
         assert history.local["a"][SPENT].tolist() == [[1.0, 0.25, 8]]  # 4 rounds of 2
         assert SPENT not in history.params  # it never left the silo
     assert ledger(resumed.rounds, budget) == ledger(whole.rounds, budget)
+
+
+def test_any_number_of_workers_gives_the_same_bits(silos):
+    one, two = (
+        federate(silos, FREE, rounds=2, noise=1.0, workers=workers)
+        for workers in (1, 2)
+    )
+    assert all(torch.equal(v, two.params[k]) for k, v in one.params.items())
 
 
 def test_ledger_has_a_row_per_silo_and_round(silos):
@@ -441,6 +460,18 @@ def test_shares_of_noise_add_up_to_the_stated_variance():
     low, high = stats.chi2.ppf([1e-5, 1 - 1e-5], len(draws))
     assert low < draws.square().sum().item() < high
     assert noisy[0].metrics["epsilon"] == epsilon_spent(((0.3, 1.0, 1),), 1e-3)
+
+
+def test_a_promise_that_is_none_is_refused():
+    start = linear_model().state_dict()
+    update = update_of(start, 1.0)
+    with pytest.raises(ValueError, match="delta below 1 / num_silos = 0.25.*and 0.3"):
+        privatise(update, start, account=account(Budget(math.inf, 0.3)))
+    with pytest.raises(ValueError, match="clip must be > 0.*got 0 and"):
+        privatise(update, start, clip=0)
+    with pytest.raises(BudgetExceeded, match="'a' stops"):
+        mine = account(Budget(1, 1e-2))
+        privatise(update, start, account=mine, noise_multiplier=0.1)
 
 
 def test_whole_numbers_cannot_be_hidden_in_noise():
