@@ -29,7 +29,9 @@ ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy a
     "exchange.py": {"safetensors"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},
+    "privacy.py": {"opacus"},
     "record.py": {"nbformat", "IPython"},
+    "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
 }
 

@@ -1,0 +1,350 @@
+"""Differential privacy: noise that bounds what anybody can learn about one patient.
+
+Record level (`train_privately`): each silo trains with DP-SGD, so that its update, and
+all that is made of it, would be nearly the same without any one of its records. Silo
+level (`privatise_update`): the global model would be nearly the same without any one
+silo's update; with a handful of silos, the noise drowns the model.
+
+Not covered: a patient with several records (each is one), the number of examples sent
+with an update, settings chosen by looking at the records, further runs on the same
+records (their epsilons add up). Needs torch and Opacus: copy this file on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from opacus.accountants import RDPAccountant
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+Params = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Spent = tuple[tuple[float, float, int], ...]  # (noise multiplier, sample rate, steps)
+
+SPENT = "own_privacy_spent"  # the entry of the state that holds what a silo has spent
+
+# Orders of Renyi divergence to choose from. Opacus' own start at 1.1, too high for
+# little noise on whole updates, and have more fractions, which are slow.
+_ORDERS = [1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4]
+_ORDERS += [4.5, 5, 5.5, *range(6, 65), 128, 256, 512, 1024]
+
+
+class SiloLike(Protocol):
+    """What training needs of a silo: its name and its training examples (x, y)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def train(self) -> tuple[Tensor, Tensor]: ...
+
+
+class BudgetExceeded(RuntimeError):
+    """The next steps would cost more than is left; they were not taken."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """With or without one record (or silo), the chance of anything that can be seen
+    changes by a factor of at most exp(epsilon), but for a chance of delta."""
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and 0 < self.delta < 1):
+            raise ValueError(f"need epsilon > 0 and delta between 0 and 1, got {self}")
+
+
+@dataclass(frozen=True)
+class PrivateUpdate:
+    """As `training.Update`. No training loss: it would be a number without noise."""
+
+    silo: str
+    params: Params
+    num_examples: int
+    metrics: dict[str, float]
+
+
+@lru_cache(maxsize=4096)  # silos with the same settings ask the same, round by round
+def epsilon_spent(spent: Spent, delta: float) -> float:
+    """Upper bound on the epsilon of these steps (Renyi accounting, Mironov 2017).
+    A sample rate of 1 is the Gaussian mechanism."""
+    if any(noise == 0 for noise, _, _ in spent):
+        return math.inf
+    accountant = RDPAccountant()
+    accountant.history = list(spent)
+    return float(accountant.get_epsilon(delta, alphas=_ORDERS))  # of nothing: 0
+
+
+@lru_cache(maxsize=256)
+def noise_for(budget: Budget, *, sample_rate: float, steps: int) -> float:
+    """The least noise multiplier with which so many steps keep within the budget."""
+    if math.isinf(budget.epsilon):
+        return 0.0
+    goal = dict(target_epsilon=budget.epsilon, target_delta=budget.delta)
+    how = dict(sample_rate=sample_rate, steps=steps, alphas=_ORDERS)
+    return get_noise_multiplier(**goal, **how)
+
+
+def nothing_spent() -> Params:
+    """What an account needs before the first round; it stays in the silo, and in the
+    checkpoint: `run_rounds(params | nothing_spent(), ..., keep_local=[SPENT])`."""
+    return {SPENT: torch.zeros(0, 3, dtype=torch.float64)}
+
+
+class Account:
+    """What one silo has spent of its budget; params: with the entry of `nothing_spent`,
+    as its last round left it. A round whose entry was lost is not counted: played
+    again, it must draw the same noise."""
+
+    def __init__(self, params: Params, budget: Budget, *, silo: str) -> None:
+        if SPENT not in params:
+            raise ValueError(
+                f"silo {silo!r} has no record of what it spent; start the run from "
+                "`params | nothing_spent()` with keep_local=[SPENT]"
+            )
+        self.budget, self.silo = budget, silo
+        self.spent: Spent = tuple((z, q, int(t)) for z, q, t in params[SPENT].tolist())
+
+    @property
+    def epsilon(self) -> float:
+        return epsilon_spent(self.spent, self.budget.delta)
+
+    def spend(self, noise_multiplier: float, sample_rate: float, steps: int) -> None:
+        """Book steps before they are taken; if too dear, book nothing and raise."""
+        rows = list(self.spent)
+        if rows and rows[-1][:2] == (noise_multiplier, sample_rate):
+            rows[-1] = (noise_multiplier, sample_rate, rows[-1][2] + steps)
+        else:
+            rows.append((noise_multiplier, sample_rate, steps))
+        after = epsilon_spent(tuple(rows), self.budget.delta)
+        if after > self.budget.epsilon:
+            raise BudgetExceeded(
+                f"silo {self.silo!r} stops: it has spent epsilon {self.epsilon:.2f} of "
+                f"{self.budget.epsilon:g} (delta {self.budget.delta:g}), and {steps} "
+                f"more steps with noise {noise_multiplier:.3g} would make it "
+                f"{after:.2f}; keep the last round's model, or plan with noise_for"
+            )
+        self.spent = tuple(rows)
+
+    def entries(self) -> Params:
+        """The entry to keep in the silo: [kinds of steps, 3]."""
+        return {SPENT: torch.tensor(self.spent, dtype=torch.float64).reshape(-1, 3)}
+
+
+def train_privately(
+    model: nn.Module,
+    silo: SiloLike,
+    *,
+    account: Account,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    sample_rate: float,
+    steps: int,
+    lr: float,
+    rng: torch.Generator,
+    momentum: float = 0.0,
+    loss_fn: Loss = F.cross_entropy,
+    device: str | torch.device = "cpu",
+) -> PrivateUpdate:
+    """Train with DP-SGD on the silo's training examples (Abadi et al. 2016, Alg. 1).
+
+    model: changed in place; no BatchNorm, no dropout. silo.train: x [N, ...], y [N].
+    A step takes each example with chance sample_rate (Poisson sampling, which the
+    accounting assumes), clips its gradient to an L2 norm of max_grad_norm over all
+    parameters, adds noise of standard deviation noise_multiplier * max_grad_norm to the
+    sum, and divides by sample_rate * N. loss_fn(logits, y): mean over a batch.
+
+    rng: CPU generator; who knows its seed can take the noise off again. In a simulation
+    pass the round's rng, in a real run that of `secret_rng`. Returns an update with the
+    model's own names and the account's entry; metrics are `epsilon` (spent so far) and
+    `steps`. Raises BudgetExceeded before an example is looked at, ValueError for what
+    DP cannot work with, FloatingPointError on divergence.
+    """
+    x, y = silo.train
+    _check(silo, account.budget.delta, sample_rate, steps, max_grad_norm)
+    _check_model(silo.name, model)
+    account.spend(noise_multiplier, sample_rate, steps)
+    x, y = x.to(device), y.to(device)
+    model.to(device).train()
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    noise_rng = rng  # torch wants one on the device of the noise
+    if torch.device(device).type != "cpu":
+        seed = int(torch.randint(2**62, (), generator=rng))
+        noise_rng = torch.Generator(device).manual_seed(seed)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(weights.values(), lr=lr, momentum=momentum),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        expected_batch_size=sample_rate * len(x),
+        generator=noise_rng,
+    )
+    batches = UniformWithReplacementSampler(
+        num_samples=len(x), sample_rate=sample_rate, generator=rng, steps=steps
+    )
+    for batch in batches:
+        gradients = _per_example(model, weights, x[batch], y[batch], loss_fn)
+        optimizer.zero_grad()
+        for name, weight in weights.items():
+            weight.grad_sample = gradients[name]
+        optimizer.step()
+    for weight in weights.values():
+        del weight.grad_sample, weight.summed_grad
+    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    if not all(bool(value.isfinite().all()) for value in params.values()):
+        raise FloatingPointError(
+            f"training diverged in silo {silo.name!r} with lr={lr}; try a smaller lr"
+        )
+    metrics = {"epsilon": account.epsilon, "steps": float(steps)}
+    return PrivateUpdate(silo.name, params | account.entries(), len(x), metrics)
+
+
+def secret_rng(
+    secret: bytes, params: Mapping[str, Tensor], round_index: int
+) -> torch.Generator:
+    """A generator that only who holds the secret can repeat, for a real run.
+
+    secret: 32 bytes or more that stay in the silo. The same round from the same params
+    draws the same again: playing it twice reveals no more than once. Not of
+    cryptographic quality, nor is noise in floating point (Mironov 2012).
+    """
+    if len(secret) < 32:
+        raise ValueError(f"the secret must have >= 32 bytes, got {len(secret)}")
+    digest = hashlib.shake_256(secret + str(round_index).encode())
+    for name, value in sorted(params.items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    # Not manual_seed: on the CPU it uses 32 bits of a seed, few enough to try them all.
+    words = np.frombuffer(digest.digest(624 * 4), "<u4").astype("<u8")
+    state = torch.Generator().manual_seed(0).get_state()
+    state[24 : 24 + words.nbytes] = torch.from_numpy(words.view(np.uint8))
+    return torch.Generator().set_state(state)
+
+
+def with_tanh(model: nn.Module) -> nn.Module:
+    """Put Tanh in place of every ReLU, in the model itself, and return it: bounded
+    activations keep gradients near the clipping norm (Papernot et al. 2021)."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.ReLU):
+            model.set_submodule(path, nn.Tanh())
+    return model
+
+
+def privatise_update(
+    update: Any,
+    start: Mapping[str, Tensor],
+    *,
+    account: Account,
+    clip: float,
+    noise_multiplier: float,
+    num_silos: int,
+    rng: torch.Generator,
+) -> PrivateUpdate:
+    """Silo-level DP: clip a whole update and add this silo's share of the noise
+    (McMahan et al. 2018, Alg. 1; distributed noise as in Kairouz et al. 2021).
+
+    update: with silo and params, not modified. start: params that training began with.
+    The delta is scaled to an L2 norm of at most clip, over all entries; then each value
+    gets noise of standard deviation noise_multiplier * clip / sqrt(num_silos). The sum
+    of num_silos updates has noise_multiplier * clip, and that is what is booked: the
+    epsilon is for those who see only the sum (secure aggregation), while no silo drops
+    out or tells its noise. The update counts as 1 example, or a large silo would weigh
+    more than clip allows. Raises BudgetExceeded; ValueError for whole-number entries.
+    """
+    state = {name: value for name, value in start.items() if name != SPENT}
+    whole = [name for name, value in state.items() if not value.is_floating_point()]
+    if whole:
+        raise ValueError(
+            f"no norm bounds {whole[:3]} of silo {update.silo!r}; use a model without "
+            "BatchNorm, small_cnn(norm='group')"
+        )
+    if not (clip > 0 and account.budget.delta < 1 / num_silos):
+        raise ValueError(
+            f"clip must be > 0 and delta below 1 / num_silos = {1 / num_silos:.2g}, "
+            f"got {clip} and {account.budget.delta:g}"
+        )
+    account.spend(noise_multiplier, 1.0, 1)
+    delta = {name: update.params[name] - value for name, value in state.items()}
+    norm = math.sqrt(sum(v.double().square().sum().item() for v in delta.values()))
+    scale, std = min(1.0, clip / (norm + 1e-12)), noise_multiplier * clip
+    params = account.entries()
+    for name, value in delta.items():
+        noise = torch.randn(value.shape, generator=rng, dtype=value.dtype)
+        params[name] = state[name] + scale * value + std / num_silos**0.5 * noise
+    return PrivateUpdate(update.silo, params, 1, {"epsilon": account.epsilon})
+
+
+def ledger(
+    rounds: Iterable[Mapping[str, Any]], budget: Budget, *, mechanism: str = "DP-SGD"
+) -> list[dict[str, Any]]:
+    """What each silo had spent after each round: rows with silo, round (from 0),
+    mechanism, epsilon (so far), remaining. rounds: `History.rounds`, with each silo's
+    epsilon in its training metrics."""
+    rows = []
+    for record in rounds:
+        for silo, metrics in sorted(record["train"].items()):
+            row = {"silo": silo, "round": record["round"], "mechanism": mechanism}
+            row["epsilon"] = metrics["epsilon"]
+            rows.append(row | {"remaining": budget.epsilon - metrics["epsilon"]})
+    return rows
+
+
+def _per_example(
+    model: nn.Module, weights: Params, x: Tensor, y: Tensor, loss_fn: Loss
+) -> Params:
+    """Gradient of each example's loss, [N, ...] per parameter; buffers do not change.
+    (Opacus' own hooks fail with layers that work in place.)"""
+    values = {name: weight.detach() for name, weight in weights.items()}
+    buffers = dict(model.named_buffers())
+    if len(x) == 0:  # nobody was drawn: a step of noise alone, or the gap would tell
+        return {name: v.new_zeros(0, *v.shape) for name, v in values.items()}
+
+    def loss(values: Params, x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(functional_call(model, values | buffers, (x[None],)), y[None])
+
+    return vmap(grad(loss), in_dims=(None, 0, 0))(values, x, y)
+
+
+def _check(silo: SiloLike, delta: float, rate: float, steps: int, clip: float) -> None:
+    if not (0 < rate <= 1 and steps >= 1 and clip > 0):
+        raise ValueError(
+            "sample_rate must be > 0 and <= 1, steps >= 1, max_grad_norm > 0; got "
+            f"{rate}, {steps}, {clip} (silo {silo.name!r})"
+        )
+    n, labels = len(silo.train[0]), len(silo.train[1])
+    if not 0 < n == labels or delta >= 1 / n:
+        raise ValueError(
+            f"silo {silo.name!r} has {n} inputs, {labels} labels, delta={delta:g}; it "
+            "needs as many of both, at least one, and a delta well below 1 / examples"
+        )
+
+
+def _check_model(silo: str, model: nn.Module) -> None:
+    """Refuse layers that mix examples, keep statistics or draw numbers, frozen too."""
+    bad = []
+    for path, module in model.named_modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        rates = (getattr(module, name, 0) for name in ("p", "dropout"))
+        if norm or getattr(module, "track_running_stats", False):
+            bad.append(f"{path} ({type(module).__name__}) shares statistics")
+        elif any(isinstance(rate, float) and rate > 0 for rate in rates):
+            bad.append(f"{path} ({type(module).__name__}) draws outside of rng")
+    bad += [str(error) for error in ModuleValidator.validate(model.train())]
+    if bad:
+        raise ValueError(
+            f"DP-SGD cannot train silo {silo!r}'s model: {'; '.join(bad[:3])}. Use "
+            "GroupNorm, as small_cnn(norm='group') does, or opacus.validators."
+            "ModuleValidator.fix(model), and set dropout to 0"
+        )
