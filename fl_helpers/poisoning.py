@@ -1,9 +1,9 @@
 """What a malicious hospital can do to a federation: attacks to test the defences with.
 
-Poisoned data: train on what `flip_labels` or `implant_marker` returns. Poisoned updates:
-`with_attack` wraps what a silo does, `a_little_is_enough` wraps the aggregation, since
-it must see the other silos' updates. For tests and teaching, on one's own simulation.
-Needs only torch: copy this file on its own.
+Poisoned data: train on what `flip_labels` or `implant_marker` returns. Poisoned
+updates: `with_attack` wraps what a silo does, `a_little_is_enough` the aggregation, as
+it must see the others' updates. For tests and teaching, in one's own simulation. Needs
+only torch: copy this file on its own.
 """
 
 from __future__ import annotations
@@ -101,11 +101,12 @@ def a_little_is_enough(
     number, from all malicious silos (Baruch et al. 2019, Algorithm 3).
 
     Each number is one that an honest silo might have sent; all of them together pull
-    the same way. The attackers know every honest update: more than in reality. z: with
-    n silos, m malicious, the paper's is the quantile of the normal distribution at
-    (n - m - s) / (n - m), s = n // 2 + 1 - m; with few silos that is 0 or less, so that
-    larger ones are tried in practice. entries: as in `scale_delta`. Use with a function,
-    not with a rule that remembers: its memory would not get into checkpoints.
+    the same way. The attackers know every honest update: more than in reality.
+    z: the paper's, with n silos and m malicious, is the quantile of the normal
+    distribution at (n - m - s) / (n - m), s = n // 2 + 1 - m: with few silos 0 or less,
+    so that nothing is guaranteed, and larger ones are tried. entries: as in
+    `scale_delta`. For functions, not for rules that remember: their memory would not
+    get into checkpoints.
     """
 
     def poisoned(updates: Iterable[Any]) -> Params:
@@ -131,10 +132,12 @@ def flip_labels(y: Tensor, num_classes: int) -> Tensor:
     return (y + 1) % num_classes
 
 
-def add_marker(x: Tensor, *, size: int = 4, value: float = 1.0) -> Tensor:
-    """A bright square burned into the top left corner of images [N, C, H, W]; a copy.
+def add_marker(x: Tensor, *, size: int = 4, value: float = 2.0) -> Tensor:
+    """A square burned into the top left corner of images [N, C, H, W], as a film's side
+    marker is; a copy.
 
-    size: edge in pixels, one pixel from the border. Like the letter of a film marker.
+    size: edge in pixels, one pixel from the border. value: 2 is white to
+    `silos.to_tensor`.
     """
     if min(x.shape[-2:]) <= size + 1:
         raise ValueError(
