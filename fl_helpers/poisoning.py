@@ -10,18 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
-
-
-class Attack(Protocol):
-    """What is sent instead of an update; start: the global model it started from."""
-
-    def __call__(self, update: Any, start: Params, rng: torch.Generator) -> Any: ...
+Attack = Callable[[Any, Params, torch.Generator], Any]  # (update, start, rng) -> update
 
 
 def with_attack(
@@ -29,8 +24,8 @@ def with_attack(
 ) -> Callable[..., Any]:
     """A client_update for `run_rounds` in which the malicious silos attack.
 
-    malicious: their names. The attack draws from the silo's own generator, after the
-    training: same seed, same attack.
+    malicious: their names. attack gets the honest update, the global model that it
+    started from, and the silo's own generator: same seed, same attack.
     """
 
     def client(
@@ -141,8 +136,7 @@ def add_marker(x: Tensor, *, size: int = 4, value: float = 2.0) -> Tensor:
     """
     if min(x.shape[-2:]) <= size + 1:
         raise ValueError(
-            f"images of {tuple(x.shape[-2:])} pixels have no room for a marker of "
-            f"{size}; choose a smaller size"
+            f"a marker of {size} pixels does not fit; choose a smaller one"
         )
     x = x.clone()
     x[..., 1 : 1 + size, 1 : 1 + size] = value
@@ -206,7 +200,5 @@ def _changed(
     params: Mapping[str, Tensor] = update.params
     chosen = [k for k in params if entries is None or k in entries]
     chosen = [name for name in chosen if params[name].is_floating_point()]
-    return replace(
-        update,
-        params={**params} | {name: change(name, params[name]) for name in chosen},
-    )
+    changed = {name: change(name, params[name]) for name in chosen}
+    return replace(update, params={**params} | changed)

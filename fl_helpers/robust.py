@@ -28,7 +28,7 @@ from torch import Tensor
 
 Params = dict[str, Tensor]
 
-_VALUES = 1_000_000  # looked at at a time, all silos together
+_VALUES = 500_000  # looked at at a time, all silos together
 
 
 class UpdateLike(Protocol):
