@@ -12,6 +12,10 @@ float32: a variance stays within those of the silos. Integer and boolean entries
 (BatchNorm counters) take the maximum. Updates are ordered by silo name first, so that
 the order of arrival does not show in a bit of the result.
 
+Distances and norms are L2, over the floating entries that `entries` names; None is all.
+BatchNorm statistics can outweigh all parameters: name the trainable ones then, and know
+that poison in the statistics alone is not seen.
+
 Left out: Bulyan (El Mhamdi et al. 2018) needs 4 * malicious + 3 silos, seven for one;
 FLTrust (Cao et al. 2021) needs labelled patients at the orchestrator, which has none.
 """
@@ -19,7 +23,7 @@ FLTrust (Cao et al. 2021) needs labelled patients at the orchestrator, which has
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -66,16 +70,20 @@ def trimmed_mean(updates: Iterable[UpdateLike], *, trim: int) -> Params:
     return _trimmed(_gather(updates, 2 * trim + 1, f"trim={trim}"), trim)
 
 
-def krum(updates: Iterable[UpdateLike], *, malicious: int, keep: int = 1) -> Params:
+def krum(
+    updates: Iterable[UpdateLike],
+    *,
+    malicious: int,
+    keep: int = 1,
+    entries: Collection[str] | None = None,
+) -> Params:
     """The update with the nearest neighbours, or the mean of the `keep` best: Krum and
     Multi-Krum (Blanchard et al. 2017, section 4).
 
-    Its score is the sum of squared distances to the K - malicious - 2 nearest others,
-    over all floating entries: BatchNorm statistics of scanners that differ can outweigh
-    the rest. malicious: how many may be; needs K >= 2 * malicious + 3 updates. keep: 1
-    to K - malicious. One hospital's model is what Krum returns: the others trained for
-    nothing in this round. Raises ValueError as `coordinate_median`, and for too few
-    updates.
+    Its score is the sum of squared distances to the K - malicious - 2 nearest others.
+    malicious: how many may be; needs K >= 2 * malicious + 3 updates. keep: 1 to
+    K - malicious. What Krum returns is one hospital's model: the others trained for
+    nothing. Raises ValueError as `coordinate_median`, and for too few updates.
     """
     if malicious < 0:
         raise ValueError(f"malicious must be >= 0 silos, got {malicious}")
@@ -85,34 +93,34 @@ def krum(updates: Iterable[UpdateLike], *, malicious: int, keep: int = 1) -> Par
         raise ValueError(
             f"keep must be 1 to {most} (updates - malicious), got {keep}; 1 is Krum"
         )
-    distances = _squared_distances(updates)
+    distances = _squared_distances(updates, entries)
     nearest = distances.sort(dim=1).values[:, 1 : most - 1]  # column 0 is itself
     best = nearest.sum(dim=1).argsort(stable=True)[:keep]
     return _trimmed([updates[k] for k in sorted(best.tolist())], 0)
 
 
 def geometric_median(
-    updates: Iterable[UpdateLike], *, tolerance: float = 1e-6, most: int = 200
+    updates: Iterable[UpdateLike], *, entries: Collection[str] | None = None
 ) -> Params:
     """The model with the smallest sum of distances to the silos' (Pillutla et al. 2022,
     Algorithm 2, smoothed Weiszfeld, with equal weights).
 
     A mean in which whoever is far away counts less; with fewer than half malicious, it
-    stays near the honest ones. Starts at the coordinate median, and ends when a step
-    lowers the sum by less than `tolerance` of it, or after `most` steps.
-    Raises ValueError as `coordinate_median`.
+    stays near the honest ones. Ends when a step lowers the sum by less than a
+    millionth, or after 200 steps. Raises ValueError as `coordinate_median`.
     """
     updates = _gather(updates)
     centre = _trimmed(updates, (len(updates) - 1) // 2)
-    distances = _distances_to(centre, updates)
-    for _ in range(most):
+    distances = _distances_to(centre, updates, entries)
+    for _ in range(200):
         usual = distances.median().item()
         if usual == 0:  # half of them are here: nothing has a smaller sum
             break
         pull = 1 / distances.clamp(min=1e-6 * usual)  # the paper's nu, to scale
-        centre = _weighted(updates, pull / pull.sum())
-        before, distances = distances.sum(), _distances_to(centre, updates)
-        if before - distances.sum() <= tolerance * before:
+        centre = _weighted(updates, pull / pull.sum(), centre)
+        before = distances.sum()
+        distances = _distances_to(centre, updates, entries)
+        if before - distances.sum() <= 1e-6 * before:
             break
     return centre
 
@@ -121,31 +129,34 @@ class NormClipping:
     """FedAvg of deltas that are shortened to a common length (Sun et al. 2019, section
     5): who shouts is heard no louder than the others.
 
-    params: the model that the first round starts from. max_norm: L2 norm that a delta
-    may have, over its floating entries; None is the median of the round's. Longer ones
-    are scaled, none is left out; weighted by num_examples. Shortens the length of an
-    attack, not its direction. It must know the global model, so it is an object for one
-    run, and part of its checkpoint, as the server rules are. Raises ValueError as
-    `coordinate_median`; then nothing has changed.
+    params: the model that the first round starts from. max_norm: norm that a delta may
+    have; None is the median of the round's. Longer ones are scaled, none is left out;
+    weighted by num_examples. It changes an attack's length, not its direction. It must
+    know the global model, so it is an object for one run, and part of its checkpoint.
+    Raises ValueError as `coordinate_median`; then nothing has changed.
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], *, max_norm: float | None = None
+        self,
+        params: Mapping[str, Tensor],
+        *,
+        max_norm: float | None = None,
+        entries: Collection[str] | None = None,
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be > 0 or None, got {max_norm}")
         self.params = {name: value.detach().clone() for name, value in params.items()}
-        self.max_norm = max_norm
+        self.max_norm, self.entries = max_norm, entries
 
     def __call__(self, updates: Iterable[UpdateLike]) -> Params:
         updates = _gather(updates)
-        norms = _distances_to(self.params, updates)
+        norms = _distances_to(self.params, updates, self.entries)
         limit = norms.quantile(0.5).item() if self.max_norm is None else self.max_norm
         scale = (limit / norms).nan_to_num(nan=1.0).clamp(max=1)  # 0 / 0: did not move
         share = torch.tensor([float(u.num_examples) for u in updates]).double()
         new = _weighted(updates, scale * share / share.sum(), self.params)
-        self.params = self.params | new
-        return {name: value.clone() for name, value in new.items()}
+        self.params = self.params | {name: value.clone() for name, value in new.items()}
+        return new
 
     def state_dict(self) -> Params:
         """The global model; a copy."""
@@ -167,16 +178,14 @@ def _trimmed(updates: Sequence[UpdateLike], trim: int) -> Params:
     return _reduce(updates, mean_of_middle)
 
 
-def _weighted(
-    updates: Sequence[UpdateLike], weights: Tensor, start: Params | None = None
-) -> Params:
-    """Sum of weight * update; or start + sum of weight * (update - start)."""
+def _weighted(updates: Sequence[UpdateLike], weights: Tensor, start: Params) -> Params:
+    """The model at start + sum of weight * (update - start)."""
+
+    heard = weights > 0  # a difference can overflow, and 0 * infinity is NaN
 
     def combine(values: Tensor, name: str, part: slice) -> Tensor:
-        if start is None:
-            return weights @ values.double()
         x = start[name].detach().reshape(-1)[part].double()
-        return x + weights @ (values.double() - x)
+        return x + weights[heard] @ (values[heard].double() - x)
 
     return _reduce(updates, combine)
 
@@ -197,11 +206,19 @@ def _reduce(
     return result
 
 
-def _parts(updates: Sequence[UpdateLike]) -> Iterator[tuple[str, slice, Tensor]]:
+def _parts(
+    updates: Sequence[UpdateLike], entries: Collection[str] | None = None
+) -> Iterator[tuple[str, slice, Tensor]]:
     """Each floating entry, a part of it at a time: values [K, n], one row per silo."""
-    step = max(1, _VALUES // len(updates))
+    step, chosen = max(1, _VALUES // len(updates)), updates[0].params.keys()
+    if entries is not None:
+        chosen &= set(entries)
+        if not chosen:
+            raise ValueError(
+                f"entries names none of the model's: {sorted(entries)[:3]}"
+            )
     for name, first in updates[0].params.items():
-        if not first.is_floating_point():
+        if not first.is_floating_point() or name not in chosen:
             continue
         wide = torch.promote_types(first.dtype, torch.float32)
         rows = [update.params[name].detach().reshape(-1) for update in updates]
@@ -210,28 +227,30 @@ def _parts(updates: Sequence[UpdateLike]) -> Iterator[tuple[str, slice, Tensor]]
             yield name, part, torch.stack([row[part] for row in rows]).to(wide)
 
 
-def _distances_to(centre: Params, updates: Sequence[UpdateLike]) -> Tensor:
-    """[K]: L2 distance of each update to a model, over its floating entries."""
+def _distances_to(
+    centre: Params, updates: Sequence[UpdateLike], entries: Collection[str] | None
+) -> Tensor:
+    """[K]: distance of each update to a model."""
     squared = torch.zeros(len(updates), dtype=torch.float64)
-    for name, part, values in _parts(updates):
+    for name, part, values in _parts(updates, entries):
         gap = values.double() - centre[name].detach().reshape(-1)[part]
         squared += gap.square().sum(dim=1)
     return squared.sqrt()
 
 
-def _squared_distances(updates: Sequence[UpdateLike]) -> Tensor:
-    """[K, K]: squared L2 distance of each two updates, over their floating entries.
+def _squared_distances(
+    updates: Sequence[UpdateLike], entries: Collection[str] | None
+) -> Tensor:
+    """[K, K]: squared distance of each two updates.
 
     From the differences: the usual short cut over inner products is wrong as soon as
     one silo sends huge values.
     """
-    size = len(updates)
-    squared = torch.zeros(size * (size - 1) // 2, dtype=torch.float64)
-    for _, _, values in _parts(updates):
-        squared += torch.pdist(values.double()).square()
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    matrix[tuple(torch.triu_indices(size, size, 1))] = squared
-    return matrix + matrix.T
+    squared = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    pairs = tuple(torch.triu_indices(*squared.shape, 1))
+    for _, _, values in _parts(updates, entries):
+        squared[pairs] += torch.pdist(values.double()).square()
+    return squared + squared.T
 
 
 def _gather(
@@ -244,12 +263,10 @@ def _gather(
             f"{because} needs at least {at_least} updates, got {len(found)}; ask for a "
             "quorum of as many"
         )
-    for before, update in zip(found, found[1:], strict=False):
-        if update.silo == before.silo:
-            raise ValueError(
-                f"silo {update.silo!r} sent two updates; one per round counts"
-            )
+    names = [update.silo for update in found]
     for update in found:
+        if names.count(update.silo) > 1:
+            raise ValueError(f"silo {update.silo!r} sent two updates; only one counts")
         if not update.num_examples > 0:
             raise ValueError(
                 f"silo {update.silo!r} reports num_examples={update.num_examples}; it "
@@ -262,16 +279,13 @@ def _gather(
 
 
 def _check_layout(update: UpdateLike, first: UpdateLike) -> None:
-    own, layout = (
-        {k: (tuple(v.shape), v.dtype) for k, v in u.params.items()}
-        for u in (update, first)
-    )
-    differ = sorted(k for k in own | layout if own.get(k) != layout.get(k))
+    own = {k: (v.shape, v.dtype) for k, v in update.params.items()}
+    want = {k: (v.shape, v.dtype) for k, v in first.params.items()}
+    differ = sorted(k for k in own | want if own.get(k) != want.get(k))
     if differ:
         raise ValueError(
-            f"silos {first.silo!r} and {update.silo!r} sent different models: "
-            f"{differ[:3]} differ in name, shape or dtype; all silos must train the "
-            "same architecture"
+            f"silos {first.silo!r} and {update.silo!r} sent different models: name, "
+            f"shape or dtype of {differ[:3]}; all must train the same architecture"
         )
 
 
@@ -282,7 +296,6 @@ def _check_finite(silo: str, name: str, value: Tensor) -> None:
     bad = int((~value.isfinite()).sum())
     if bad:
         raise ValueError(
-            f"silo {silo!r} sent {bad} NaN or infinite values in {name!r}; its "
-            "training diverged or its file is damaged: leave it out and look at its "
-            "training loss"
+            f"silo {silo!r} sent {bad} NaN or infinite values in {name!r}; training "
+            "diverged or the file is damaged: leave it out, look at its training loss"
         )

@@ -105,11 +105,9 @@ def test_geometric_median_has_the_smallest_sum_of_distances(silos):
         return np.linalg.norm(rows - x, axis=1).sum()
 
     best = scipy.optimize.minimize(total, rows.mean(axis=0), method="Nelder-Mead")
-    found = numbers(geometric_median(from_rows(rows), tolerance=1e-12))
-    assert total(found) <= best.fun * (1 + 1e-6)
-    np.testing.assert_allclose(found, best.x, atol=1e-3)
-    usual = numbers(geometric_median(from_rows(rows)))
-    assert total(usual) <= best.fun * (1 + 1e-4)
+    found = numbers(geometric_median(from_rows(rows)))
+    assert total(found) <= best.fun * (1 + 1e-5)
+    np.testing.assert_allclose(found, best.x, atol=0.02)  # its neighbours are as good
 
 
 def test_geometric_median_of_a_line_and_of_a_majority():
@@ -198,13 +196,15 @@ def test_where_the_rules_break_down():
     assert numbers(trimmed_mean(from_rows(honest + liars[:1]), trim=0)).max() == 25e4
 
 
+@pytest.mark.parametrize("dtype, huge", [(torch.float32, 3e38), (torch.float64, 1e308)])
 @pytest.mark.parametrize("liar", [0, 3, 5])
-def test_huge_finite_values_overflow_nothing(liar):
+def test_huge_finite_values_overflow_nothing(liar, dtype, huge):
     rows = random_rows(6)
-    rows[liar] = 3e38
-    for name, rule in RULES.items():
-        found = numbers(rule(from_rows(rows, torch.float32)))
-        assert np.isfinite(found).all() and np.abs(found).max() < 10, name
+    rows[liar], rows[liar, ::2] = huge, -huge
+    start = {"a": torch.zeros(1, dtype=dtype), "b": torch.zeros(6, dtype=dtype)}
+    for rule in (*RULES.values(), NormClipping(start)):
+        found = numbers(rule(from_rows(rows, dtype)))
+        assert np.isfinite(found).all() and np.abs(found).max() < 10, rule
 
 
 @every_rule
@@ -263,6 +263,20 @@ def test_clipping_goes_on_from_its_own_result():
 def test_clipping_needs_a_positive_limit(max_norm):
     with pytest.raises(ValueError, match=f"max_norm must be > 0 .*{max_norm}"):
         NormClipping({"w": torch.zeros(1)}, max_norm=max_norm)
+
+
+def test_distances_go_over_the_named_entries():
+    # "b" is the noise of everyone's scanner, "a" is where silo 3 lies.
+    rows = [[0, 90], [0.1, -80], [0.2, 70], [50, 1], [0.3, -60], [0.1, 0]]
+    updates, named = from_rows(rows), dict(entries=["a", "not in the model"])
+    # By "b" it is -60: 20^2 + 60^2 + 61^2 + 49.7^2; by "a" 0.1: 0 + 0.1^2 + 0.1^2.
+    assert krum(updates, malicious=1)["a"].item() == 0.3
+    assert krum(updates, malicious=1, **named)["a"].item() == 0.1
+    assert geometric_median(updates)["a"].item() > 0.5
+    assert geometric_median(updates, **named)["a"].item() < 0.3
+    start = {"a": torch.zeros(1).double(), "b": torch.zeros(1).double()}
+    assert NormClipping(start)(updates)["a"].item() > 8  # 50 is usual, beside 90
+    assert NormClipping(start, **named)(updates)["a"].item() < 0.2
 
 
 # -- models as they are
@@ -371,10 +385,10 @@ ONES, COUNT = torch.ones(3), torch.tensor(1)
 NOT_FINITE = torch.tensor([1, math.nan, math.inf])
 REFUSED = {
     "NaN": (bad(params={"w": NOT_FINITE, "n": COUNT}), "'c' sent 2 NaN .* in 'w'"),
-    "missing": (bad(params={"w": ONES}), r"'a' and 'c'.*\['n'\] differ"),
-    "unknown": (bad(params={"w": ONES, "n": COUNT, "x": ONES}), r"'c'.*\['x'\] differ"),
-    "shape": (bad(params={"w": ONES[None], "n": COUNT}), r"'c'.*\['w'\] differ"),
-    "dtype": (bad(params={"w": ONES.double(), "n": COUNT}), r"'c'.*\['w'\] differ"),
+    "missing": (bad(params={"w": ONES}), r"'a' and 'c'.*\['n'\]"),
+    "unknown": (bad(params={"w": ONES, "n": COUNT, "x": ONES}), r"'c'.*\['x'\]"),
+    "shape": (bad(params={"w": ONES[None], "n": COUNT}), r"'c'.*\['w'\]"),
+    "dtype": (bad(params={"w": ONES.double(), "n": COUNT}), r"'c'.*\['w'\]"),
     "twice": (bad(silo="b"), "silo 'b' sent two updates"),
     "examples": (bad(num_examples=0), "silo 'c' reports num_examples=0"),
     "nobody": ([], "at least . updates, got 0"),
@@ -406,6 +420,8 @@ def test_finite_values_with_an_infinite_sum_are_accepted():
         (partial(krum, malicious=-1), "malicious must be >= 0 silos, got -1"),
         (partial(krum, malicious=1, keep=5), "keep must be 1 to 4 .*, got 5"),
         (partial(krum, malicious=1, keep=0), "keep must be 1 to 4"),
+        (partial(krum, malicious=1, entries=["w"]), r"names none .*: \['w'\]"),
+        (partial(geometric_median, entries=[]), r"names none of the model's: \[\]"),
     ],
 )
 def test_settings_that_promise_nothing_are_refused(rule, message):
