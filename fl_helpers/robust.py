@@ -180,7 +180,6 @@ def _trimmed(updates: Sequence[UpdateLike], trim: int) -> Params:
 
 def _weighted(updates: Sequence[UpdateLike], weights: Tensor, start: Params) -> Params:
     """The model at start + sum of weight * (update - start)."""
-
     heard = weights > 0  # a difference can overflow, and 0 * infinity is NaN
 
     def combine(values: Tensor, name: str, part: slice) -> Tensor:

@@ -23,8 +23,8 @@ import torch
 
 from fl_helpers import poisoning, robust
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.exchange import Limits, check_update
 from fl_helpers.models import small_cnn
+from fl_helpers.robust import NormClipping
 from fl_helpers.silos import Examples, make_silos, partition_by_site
 from fl_helpers.simulation import run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
@@ -36,7 +36,7 @@ SIZES, TEST_SHARE = (960, 800, 640, 480, 400, 320), 0.75
 ROUNDS, LOCAL_EPOCHS, BATCH_SIZE, LR = 8, 2, 16, 0.04  # LR: docs/results/tuning.csv
 MALICIOUS = ("Hospital C", "Hospital D")  # with 18 % and 13 % of the training images
 TARGET = 0  # what the backdoor makes of a marked image: "normal"
-SEEDS = range(3)
+SEEDS = range(10, 13)  # nothing was chosen on them
 
 ATTACKS = {  # what is done to (the data, the update)
     "none": (None, None),
@@ -49,23 +49,28 @@ ATTACKS = {  # what is done to (the data, the update)
     "backdoor": ("backdoor", None),
     "backdoor, x5": ("backdoor", partial(poisoning.scale_delta, factor=5)),
 }
-RULES = {  # rule: how it is made for one run, from the initial model
-    "weighted average": lambda start: weighted_average,
-    "norm limit": lambda start: weighted_average,  # and a check before it
-    "norm clipping": robust.NormClipping,
-    "median": lambda start: robust.coordinate_median,
-    "trimmed mean": lambda start: partial(robust.trimmed_mean, trim=1),
-    "Krum": lambda start: partial(robust.krum, malicious=1),
-    "Multi-Krum": lambda start: partial(robust.krum, malicious=1, keep=4),
-    "geometric median": lambda start: robust.geometric_median,
+# How a rule is made for one run, from the initial model and its trainable entries, over
+# which distances go: BatchNorm statistics would outweigh them (seen on other seeds).
+RULES = {
+    "weighted average": lambda start, entries: weighted_average,
+    "norm clipping": lambda start, entries: NormClipping(start, entries=entries),
+    "median": lambda start, entries: robust.coordinate_median,
+    "trimmed mean": lambda start, entries: partial(robust.trimmed_mean, trim=1),
+    "Krum": lambda start, entries: partial(robust.krum, malicious=1, entries=entries),
+    "Multi-Krum": lambda start, entries: partial(
+        robust.krum, malicious=1, keep=4, entries=entries
+    ),
+    "geometric median": lambda start, entries: partial(
+        robust.geometric_median, entries=entries
+    ),
 }
 REFERENCES = {
-    "equal votes": lambda start: partial(robust.trimmed_mean, trim=0),
-    "without them": lambda start: weighted_average,  # of the honest ones alone
+    "equal votes": lambda start, entries: partial(robust.trimmed_mean, trim=0),
+    "without them": lambda start, entries: weighted_average,  # of the honest ones alone
 }
 COLUMNS = (
     "heterogeneity", "malicious", "attack", "rule", "seed", "balanced_accuracy",
-    "worst", "attack_success", "without_marker", "refused_honest", "refused_malicious",
+    "worst", "attack_success", "without_marker",
 )  # fmt: skip
 
 
@@ -98,12 +103,12 @@ def client(params, silo, *, round_index, rng):
 
 
 def train(heterogeneity, malicious, attack, rule, seed):
-    """Returns the global model's state, and the history of the run."""
+    """Returns the history of the run."""
     silos, names = make_federation(heterogeneity, seed), MALICIOUS[:malicious]
     torch.manual_seed(seed)
     model = small_cnn(3)
     start, entries = model.state_dict(), [name for name, _ in model.named_parameters()]
-    aggregate, update = (RULES | REFERENCES)[rule](start), client
+    aggregate, update = (RULES | REFERENCES)[rule](start, entries), client
     kind, change = ATTACKS[attack]
     if rule == "without them":
         silos = [silo for silo in silos if silo.name not in names]
@@ -116,19 +121,14 @@ def train(heterogeneity, malicious, attack, rule, seed):
         little = partial(poisoning.a_little_is_enough, z=1.5, entries=entries)
         aggregate = little(aggregate, names)
     options = dict(rounds=ROUNDS, seed=seed, workers=1, progress=False)
-    if rule == "norm limit":
-        check = partial(check_update, limits=Limits(norm_factor=3.0))
-        options |= dict(check=check, quorum=3)
-    history = run_rounds(start, silos, update, aggregate, **options)
-    return history
+    return run_rounds(start, silos, update, aggregate, **options)
 
 
 def score(job):
     """The row of one job: (heterogeneity, malicious, attack, rule, seed)."""
     torch.set_num_threads(1)
-    history, model = train(*job), None
+    model = load(train(*job).params)
     silos = make_federation(job[0], job[-1])
-    model = load(history.params)
     tests = [silo.test for silo in silos if silo.name not in MALICIOUS]
     accuracy = [evaluate(model, test)["balanced_accuracy"] for test in tests]
     seen = Examples(*map(torch.cat, zip(*tests, strict=True)))
@@ -136,13 +136,9 @@ def score(job):
         poisoning.attack_success(model, seen, target=TARGET, mark=mark)
         for mark in (poisoning.add_marker, torch.clone)
     )
-    refused = [name for record in history.rounds for name in record["missing"]]
-    guilty = sum(name in MALICIOUS[: job[1]] for name in refused)
     numbers = [np.mean(accuracy), min(accuracy), marked, plain]
     numbers = [round(float(value), 4) for value in numbers]
-    return dict(
-        zip(COLUMNS, (*job, *numbers, len(refused) - guilty, guilty), strict=True)
-    )
+    return dict(zip(COLUMNS, (*job, *numbers), strict=True))
 
 
 def jobs_for(seeds=SEEDS):
