@@ -152,7 +152,7 @@ class NormClipping:
         updates = _gather(updates)
         norms = _distances_to(self.params, updates, self.entries)
         limit = norms.quantile(0.5).item() if self.max_norm is None else self.max_norm
-        scale = (limit / norms).nan_to_num(nan=1.0).clamp(max=1)  # 0 / 0: did not move
+        scale = (limit / norms).clamp(max=1)  # 0 / 0: not heard, did not move
         share = torch.tensor([float(u.num_examples) for u in updates]).double()
         new = _weighted(updates, scale * share / share.sum(), self.params)
         self.params = self.params | {name: value.clone() for name, value in new.items()}
@@ -180,7 +180,7 @@ def _trimmed(updates: Sequence[UpdateLike], trim: int) -> Params:
 
 def _weighted(updates: Sequence[UpdateLike], weights: Tensor, start: Params) -> Params:
     """The model at start + sum of weight * (update - start)."""
-    heard = weights > 0  # a difference can overflow, and 0 * infinity is NaN
+    heard = weights > 0  # not 0 times something huge
 
     def combine(values: Tensor, name: str, part: slice) -> Tensor:
         x = start[name].detach().reshape(-1)[part].double()

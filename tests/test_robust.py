@@ -208,6 +208,14 @@ def test_huge_finite_values_overflow_nothing(liar, dtype, huge):
 
 
 @every_rule
+def test_rules_do_not_know_the_unit(rule):
+    rows = torch.tensor(random_rows(6), dtype=torch.float32)
+    usual = numbers(rule(from_rows(rows, torch.float32)))
+    large = numbers(rule(from_rows(rows * 2.0**80, torch.float32)))  # squares: 2^160
+    np.testing.assert_allclose(large, usual * 2.0**80, rtol=1e-5)
+
+
+@every_rule
 def test_equal_updates_come_out_as_they_are(rule):
     rows = np.repeat(random_rows(1), 5, axis=0)
     np.testing.assert_allclose(numbers(rule(from_rows(rows))), rows[0], rtol=1e-15)
