@@ -14,7 +14,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -68,12 +69,16 @@ class Limits:
     max_norm: L2 norm of the delta to the global model, over all floating entries
     (BatchNorm statistics and SCAFFOLD's variates too). None is no limit: values that
     are finite but huge pass, and can overflow the average.
+    norm_factor: a limit that follows the run, this many times the median of the last 50
+    norms that were accepted in earlier rounds; none before there are 5. It finds broken
+    and crude updates; who knows it stays below it.
     metrics: names that may be reported. max_examples: the largest num_examples.
     max_bytes: of the safetensors file; None is what the global model's entries need,
     plus a header.
     """
 
     max_norm: float | None = None
+    norm_factor: float | None = None
     metrics: frozenset[str] = frozenset({"train_loss", "steps", "loss_before"})
     max_examples: int = 10**9
     max_bytes: int | None = None
@@ -86,7 +91,8 @@ DEFAULT_LIMITS = Limits()
 class ReceivedUpdate:
     """An accepted update, ready for `weighted_average` and the server rules.
 
-    sha256, num_bytes: of the safetensors file.
+    sha256, num_bytes: of the safetensors file. norm: of the delta to the global model;
+    None without a limit for it.
     """
 
     silo: str
@@ -96,6 +102,7 @@ class ReceivedUpdate:
     metrics: dict[str, float]
     sha256: str
     num_bytes: int
+    norm: float | None
 
 
 class Refused(ValueError):
@@ -186,20 +193,23 @@ def check_update(
     silo: str,
     round_index: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    norms: Sequence[float] = (),
     direction: str = "in",
     ledger: Ledger | None = None,
-) -> None:
+) -> float | None:
     """Refuse an update in memory that is not one of `silo`, for the model `expected`.
 
     expected: the global model's entries that the silo started from: names, shapes and
     dtypes must be the same, values finite, and `limits` kept. round_index: compared
-    with the update's own, if it has one. direction: for the ledger. Nothing is
-    modified. Raises Refused.
+    with the update's own, if it has one. norms: those accepted in earlier rounds, for
+    `Limits.norm_factor`. direction: for the ledger. Nothing is modified.
+    Returns the norm of the delta, None without a limit for it. Raises Refused.
     """
     with _gate(ledger, direction, silo, round_index, "update") as passed:
         _check_numbers(update, silo, round_index, limits)
-        _check_params(update.params, expected, limits.max_norm)
+        norm = _check_params(update.params, expected, _norm_limit(limits, norms))
         passed.append((update.params, ["num_examples", *update.metrics]))
+    return norm
 
 
 def write_update(
@@ -221,7 +231,7 @@ def write_update(
     expected = update.params if expected is None else expected
     with _gate(ledger, "out", update.silo, round_index, UPDATE) as passed:
         _check_numbers(update, update.silo, round_index, limits)
-        _check_params(update.params, expected, limits.max_norm)
+        _check_params(update.params, expected, _norm_limit(limits))
         parts = _to_parts(update.params)
         _check_size(UPDATE, sum(map(len, parts)), _max_bytes(expected, limits))
         passed.append((update.params, ["num_examples", *update.metrics]))
@@ -238,13 +248,15 @@ def read_update(
     silo: str,
     round_index: int,
     limits: Limits = DEFAULT_LIMITS,
+    norms: Sequence[float] = (),
     ledger: Ledger | None = None,
 ) -> ReceivedUpdate:
     """Receive what `write_update` wrote, from a folder that is not trusted.
 
-    expected: the global model that was sent out. Each file is read once, never beyond
-    its limit; links are not followed, pipes and devices not waited for. Raises Refused
-    for whatever is not an update of `silo`, for this round, of this model.
+    expected: the global model that was sent out. norms: those accepted in earlier
+    rounds, for `Limits.norm_factor`. Each file is read once, never beyond its limit;
+    links are not followed, pipes and devices not waited for. Raises Refused for
+    whatever is not an update of `silo`, for this round, of this model.
     """
     with _gate(ledger, "in", silo, round_index, UPDATE) as passed:
         found = _read_manifest(Path(folder), UPDATE, _UPDATE_KEYS)
@@ -256,12 +268,13 @@ def read_update(
             found["metrics"],
             found["sha256"],
             found["bytes"],
+            norm=None,
         )
         _check_numbers(update, silo, round_index, limits)
         limit = _max_bytes(expected, limits)
         params = _read_params(Path(folder) / UPDATE, found, expected, limit)
-        update = replace(update, params=params)
-        _check_params(update.params, expected, limits.max_norm)
+        norm = _check_params(params, expected, _norm_limit(limits, norms))
+        update = replace(update, params=params, norm=norm)
         passed.append((update.params, ["num_examples", *update.metrics]))
     return update
 
@@ -374,11 +387,23 @@ def _check_sender(found: Any, silo: str, its_round: Any, round_index: Any) -> No
         )
 
 
+def _norm_limit(limits: Limits, norms: Sequence[float] = ()) -> float | None:
+    """The norm that a delta may have now: the fixed limit or the running one."""
+    if limits.norm_factor is None:
+        return limits.max_norm
+    limit = math.inf if limits.max_norm is None else limits.max_norm
+    if len(norms) < 5:
+        return limit
+    both = limit, limits.norm_factor * statistics.median(norms[-50:])
+    return math.nan if any(map(math.isnan, both)) else min(both)  # NaN refuses all
+
+
 def _check_params(
     params: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     max_norm: float | None,
-) -> None:
+) -> float | None:
+    """Returns the norm of the delta; None without a limit for it."""
     _check_names(params, expected)
     norm = 0.0
     for name, value in params.items():
@@ -393,8 +418,9 @@ def _check_params(
         raise ValueError(
             f"the delta to the global model has norm {norm:.6g}, the limit is "
             f"{max_norm}; train with a smaller lr or fewer epochs, or agree "
-            "on another Limits.max_norm"
+            "on other Limits (max_norm, norm_factor)"
         )
+    return None if max_norm is None else norm
 
 
 def _check_names(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,12 +47,33 @@ class ClientUpdate(Protocol):
     ) -> Any: ...
 
 
+class Check(Protocol):
+    """Raises what is wrong with an update, such as `exchange.check_update`; may return
+    the norm of its delta, for the limits of later rounds."""
+
+    def __call__(
+        self,
+        update: Any,
+        expected: Params,
+        *,
+        silo: str,
+        round_index: int,
+        norms: Sequence[float],
+    ) -> float | None: ...
+
+
+class NoQuorum(RuntimeError):
+    """Too few updates for a round; the rounds before it are in the checkpoint."""
+
+
 @dataclass
 class History:
     """What happened: the final params and one record per round.
 
-    A record holds round (from 0), silos (names that took part), train and test
-    ({silo: {metric: value}}), bytes_down and bytes_up (all silos together), seconds.
+    A record holds round (from 0), silos (names whose updates were used), missing
+    ({silo: why not}), train and test ({silo: {metric: value}}), norms ({silo: what
+    check returned}), bytes_down and bytes_up (all silos together; of the updates used),
+    seconds.
     local: {silo: entries of the state that it never sent}, empty without `keep_local`.
     """
 
@@ -75,6 +97,11 @@ class History:
         return [sum(values) / len(values) for values in zip(*curves, strict=True)]
 
     @property
+    def norms(self) -> list[float]:
+        """Norms of the deltas used so far, as check returned them."""
+        return [norm for r in self.rounds for norm in r.get("norms", {}).values()]
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes in both directions, all rounds and silos."""
         return sum(r["bytes_down"] + r["bytes_up"] for r in self.rounds)
@@ -92,6 +119,9 @@ def run_rounds(
     evaluate_every: int = 1,
     silos_per_round: int | None = None,
     keep_local: Collection[str] = (),
+    quorum: int | None = None,
+    deadline: float | None = None,
+    check: Check | None = None,
     workers: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1,
@@ -113,6 +143,18 @@ def run_rounds(
     they are neither averaged nor counted in bytes. Normalisation layers make this
     FedBN (Li et al. 2021), the head FedPer (Arivazhagan et al. 2019).
 
+    quorum: how many updates a round needs. A silo that fails is asked once more, with
+    the same draws, and then left out of the round; the average is over those that
+    came. With fewer, NoQuorum: run again, with the same checkpoint, to go on. None: the
+    first failure ends the run, as it is.
+    deadline: seconds for the silos of one round, which then train all at the same time,
+    each in a thread of its own. What comes later is never used: it started from an old
+    model, and the result would depend on the clock. A late thread cannot be stopped.
+    check(update, expected, silo=, round_index=, norms=), such as
+    `exchange.check_update`, sees each update before it is used, with the entries that
+    were sent out and `History.norms`; what it refuses is missing, and not asked again.
+    Without it, aggregate decides, and what it refuses ends the run.
+
     workers: silos that train at the same time, each in a thread with one intra-op
     thread; None leaves it to `default_workers`. The result is the same for any number.
     checkpoint: a file, written every `checkpoint_every` rounds; if it exists, the run
@@ -126,6 +168,8 @@ def run_rounds(
     silos = sorted(silos, key=lambda silo: silo.name)
     _check_run(silos, rounds, silos_per_round, workers)
     _check_positive(evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+    terms = _Terms(quorum, deadline, check)
+    _check_terms(terms, silos_per_round or len(silos))
     history = _first_history(params, silos, keep_local)
     run_id = {"seed": seed, "silos": [silo.name for silo in silos]}
     run_id |= {"silos_per_round": silos_per_round, "model": _fingerprint(params)}
@@ -140,7 +184,7 @@ def run_rounds(
             started = time.perf_counter()
             chosen = _sample(silos, silos_per_round, seed, round_index)
             record = _play_round(
-                history, chosen, client_update, aggregate, seed, round_index, pool
+                history, chosen, client_update, aggregate, seed, terms, pool
             )
             last = round_index == rounds - 1
             if evaluate and (last or (round_index + 1) % evaluate_every == 0):
@@ -190,6 +234,26 @@ def run_alone(
     return result
 
 
+def leave_one_out(
+    silos: Sequence[SiloLike], value: Callable[[list[Any]], float]
+) -> dict[str, float]:
+    """What each silo's taking part is worth: value(all) - value(all but this one).
+
+    value(silos): trains with these silos and returns one number, more is better, such
+    as the mean balanced accuracy on the test sets of *all* silos. It is called once
+    for all and once without each. Below 0: the others would be better off without.
+    Two silos with the same data are worth nothing each; Shapley values share that out,
+    at the price of 2^K trainings (Wang et al. 2020, "A principled approach to data
+    valuation for federated learning"). Differences between few silos are noisy: take
+    several seeds.
+    """
+    everyone = value(list(silos))
+    return {
+        one.name: everyone - value([silo for silo in silos if silo is not one])
+        for one in silos
+    }
+
+
 def silo_rng(seed: int, silo: str, round_index: int) -> torch.Generator:
     """The generator of one silo in one round: the same on every engine.
 
@@ -218,42 +282,91 @@ def default_workers(params: Params, num_silos: int) -> int:
     return min(num_silos, cores) if heavy else 1
 
 
+@dataclass(frozen=True)
+class _Terms:
+    """When an update, and a round, counts; see `run_rounds`."""
+
+    quorum: int | None
+    deadline: float | None
+    check: Check | None
+
+
 def _play_round(
     history: History,
     chosen: Sequence[SiloLike],
     client_update: ClientUpdate,
     aggregate: Callable[[Iterable[Any]], Params],
     seed: int,
-    round_index: int,
+    terms: _Terms,
     pool: _Pool,
 ) -> dict[str, Any]:
     """Scatter, train, gather: sets history.params and returns the round's record."""
-    before, kept = history.params, {}
-    record: dict[str, Any] = {
-        "round": round_index,
-        "silos": [silo.name for silo in chosen],
-        "train": {},
-        "test": {},
-        "bytes_down": state_bytes(before) * len(chosen),
-        "bytes_up": 0,
-    }
+    before, kept, round_index = history.params, {}, len(history.rounds)
+    record: dict[str, Any] = {"round": round_index, "silos": [], "missing": {}}
+    record |= {"train": {}, "test": {}, "norms": {}}
+    record |= {"bytes_down": state_bytes(before) * len(chosen), "bytes_up": 0}
 
     def train(silo: SiloLike) -> Any:
-        rng = silo_rng(seed, silo.name, round_index)
-        own = history.params_of(silo.name)
-        return client_update(own, silo, round_index=round_index, rng=rng)
+        own = before | history.local.get(silo.name, {})
+        for _ in range(1 if terms.quorum is None else 2):
+            rng = silo_rng(seed, silo.name, round_index)
+            try:
+                return client_update(own, silo, round_index=round_index, rng=rng)
+            except Exception as error:
+                failure = error
+        return failure
 
     def received() -> Iterator[Any]:
-        for silo, update in zip(chosen, pool.map(train, chosen), strict=True):
-            if history.local:
-                update, kept[silo.name] = _divide(update, history.local[silo.name])
-            record["train"][update.silo] = _plain(update.metrics)
-            record["bytes_up"] += state_bytes(update.params)
-            yield update
+        failure = None
+        answers = pool.map(train, chosen, terms.deadline)
+        for silo, answer in zip(chosen, answers, strict=True):
+            try:
+                if isinstance(answer, Exception):
+                    raise answer
+                update, own = _divide(answer, history.local.get(silo.name, {}))
+                norm = _checked(update, before, silo.name, history, terms.check)
+                _note(record, silo.name, update, norm)
+            except Exception as error:
+                if terms.quorum is None:
+                    raise
+                record["missing"][silo.name] = f"{type(error).__name__}: {error}"
+                failure = error
+            else:
+                kept[silo.name] = own
+                yield update
+        if len(record["train"]) < (terms.quorum or 0):
+            raise _no_quorum(record, terms.quorum) from failure
 
     history.params = aggregate(received())
-    history.local |= kept
+    history.local |= {name: own for name, own in kept.items() if own}
     return record
+
+
+def _checked(
+    update: Any, sent: Params, silo: str, history: History, check: Check | None
+) -> float | None:
+    """What check returns; raises what it raises."""
+    if check is None:
+        return None
+    about = {"silo": silo, "round_index": len(history.rounds)}
+    return check(update, sent, **about, norms=history.norms)
+
+
+def _note(record: dict[str, Any], silo: str, update: Any, norm: float | None) -> None:
+    metrics, size = _plain(update.metrics), state_bytes(update.params)
+    record["silos"].append(silo)
+    record["train"][silo] = metrics
+    record["bytes_up"] += size
+    if norm is not None:
+        record["norms"][silo] = float(norm)
+
+
+def _no_quorum(record: dict[str, Any], quorum: int) -> NoQuorum:
+    return NoQuorum(
+        f"round {record['round']}: {len(record['silos'])} updates, the quorum is "
+        f"{quorum}; missing: {record['missing']}; run again when more silos are there: "
+        "with a checkpoint, it goes on from the last round in it"
+    )
 
 
 def _test(
@@ -287,6 +400,8 @@ def _first_history(
 
 def _divide(update: Any, own: Params) -> tuple[Any, Params]:
     """An update without the silo's own entries, and these."""
+    if not own:
+        return update, own
     missing = sorted(own.keys() - update.params.keys())
     if missing:
         raise ValueError(
@@ -319,12 +434,23 @@ def _sample(
 
 
 class _Pool:
-    """Maps a function over silos in threads; results come in order, a few at a time."""
+    """Maps a function over silos in threads; results come in order, a few at a time.
+
+    With a deadline, in seconds, all run at once, and who is late gives a TimeoutError.
+    """
 
     def __init__(self, executor: Executor | None, workers: int) -> None:
         self._executor, self._ahead = executor, 2 * workers - 1
 
-    def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    def map(
+        self,
+        function: Callable[[A], B],
+        items: Iterable[A],
+        deadline: float | None = None,
+    ) -> Iterator[Any]:
+        if deadline is not None:
+            yield from _until(time.monotonic() + deadline, function, items)
+            return
         if self._executor is None:
             yield from map(function, items)
             return
@@ -335,6 +461,37 @@ class _Pool:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+
+
+def _until(
+    end: float, function: Callable[[A], B], items: Iterable[A]
+) -> Iterator[B | TimeoutError]:
+    """Results in order, from threads that are left behind if they are late.
+
+    Daemons, not an executor: the interpreter would wait for its threads to exit.
+    """
+    started = time.monotonic()
+    running = deque(_in_thread(function, item) for item in items)
+    while running:
+        future = running.popleft()
+        if wait([future], timeout=max(0, end - time.monotonic())).done:
+            yield future.result()
+        else:
+            yield TimeoutError(f"no answer within {end - started:.3g} s")
+
+
+def _in_thread(function: Callable[[A], B], item: A) -> Future[B]:
+    future: Future[B] = Future()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        try:
+            future.set_result(function(item))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 @contextmanager
@@ -473,6 +630,15 @@ def _check_run(
             f"silos_per_round must be 1 to {len(names)} (all), got {silos_per_round}"
         )
     _check_positive(rounds=rounds, workers=1 if workers is None else workers)
+
+
+def _check_terms(terms: _Terms, num_silos: int) -> None:
+    if terms.quorum is not None and not 1 <= terms.quorum <= num_silos:
+        raise ValueError(
+            f"quorum must be 1 to {num_silos} (all that are asked), got {terms.quorum}"
+        )
+    if terms.deadline is not None and not terms.deadline > 0:
+        raise ValueError(f"deadline must be > 0 seconds, got {terms.deadline}")
 
 
 def _check_positive(**values: int) -> None:

@@ -12,6 +12,7 @@ import threading
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,54 @@ def test_the_norm_may_be_larger_than_half_precision_can_say():
     check_update(moved, start, silo="clinic", limits=Limits(max_norm=120_000.0))
     with pytest.raises(Refused, match="norm 120000, the limit is 119999;"):
         check_update(moved, start, silo="clinic", limits=Limits(max_norm=119_999))
+
+
+def moved_by(length):
+    start = {"w": torch.zeros(4)}
+    return update(params={"w": torch.full((4,), length / 2)}), start
+
+
+def accepts(length, norms, **limits):
+    moved, start = moved_by(length)
+    known = dict(silo="clinic", norms=norms, limits=Limits(**limits))
+    try:
+        norm = check_update(moved, start, **known)
+        return norm == pytest.approx(length) if limits else norm is None
+    except Refused as refusal:
+        assert f"norm {length:g}, the limit is" in refusal.reason
+        return False
+
+
+def test_a_limit_follows_the_median_of_earlier_norms():
+    norms = [1.0, 1.2, 100.0, 0.8, 1.0]  # one of them was an attack: the median is 1
+    assert accepts(2.9, norms, norm_factor=3.0)
+    assert not accepts(3.1, norms, norm_factor=3.0)
+    assert accepts(50.0, norms[:4], norm_factor=3.0)  # too few to say what is usual
+    assert accepts(3.1, norms)  # not asked for
+    # The last 50 count: training has become calm.
+    assert not accepts(3.1, [100.0] * 200 + norms[:2] * 25, norm_factor=2.0)
+    assert accepts(3.1, [0.1] * 200 + [2.0] * 50, norm_factor=2.0)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_the_smaller_one_of_two_norm_limits_holds(few):
+    norms = [1.0] * (4 if few else 5)
+    assert accepts(2.9, norms, norm_factor=3.0, max_norm=5.0)
+    assert accepts(3.1, norms, norm_factor=3.0, max_norm=5.0) == few
+    assert not accepts(2.9, norms, norm_factor=3.0, max_norm=2.0)
+    assert not accepts(2.9, norms, norm_factor=3.0, max_norm=math.nan)
+    assert accepts(2.9, norms, norm_factor=math.nan) == few
+
+
+def test_a_received_update_says_its_norm(tmp_path):
+    moved, start = moved_by(6.0)
+    write_update(tmp_path, moved, round_index=2)
+    read = partial(read_update, tmp_path, start, silo="clinic", round_index=2)
+    assert read().norm is None  # nothing limits it
+    assert read(limits=Limits(max_norm=7.0)).norm == 6
+    assert read(limits=Limits(norm_factor=2.0)).norm == 6
+    with pytest.raises(Refused, match=r"norm 6, the limit is 5\.0; .*norm_factor"):
+        read(limits=Limits(norm_factor=2.0), norms=[2.5] * 5)
 
 
 @pytest.mark.parametrize("limit", [1e3, math.nan, -1.0])
