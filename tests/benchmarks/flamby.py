@@ -5,10 +5,10 @@
 Logistic regression, accuracy. Local and centralized: Adam, learning rate 0.001, 50
 epochs; FedAvg: SGD, 0.001, 15 rounds of 100 steps; batches of 4. Each hospital's
 columns are scaled by its own mean and spread; the centralized model trains on columns
-scaled over all hospitals, and is tested on those scaled per hospital. Ogier du Terrail et al.
-(2022), arXiv:2210.04620; published figures: means over the files heart_seed42.csv to
-heart_seed46.csv in flamby/results/results_benchmark_fed_heart_disease of
-github.com/owkin/FLamby, commit a422b61.
+scaled over all hospitals, and is tested on those scaled per hospital. Published by
+Ogier du Terrail et al. (2022), arXiv:2210.04620; figures: means over the files
+heart_seed42.csv to heart_seed46.csv in
+flamby/results/results_benchmark_fed_heart_disease of github.com/owkin/FLamby.
 """
 
 import csv
