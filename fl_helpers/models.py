@@ -130,13 +130,13 @@ def check_model(
     finite = bool(loss.isfinite().all()) and loss.dim() == 0
     size = sum(value.nbytes for value in state.values())
     rows = [
-        ("another instance loads its state_dict, same outputs", same, same),
+        ("a second one loads its state_dict, same outputs", same, same),
         ("outputs [N, classes]", list(outputs.shape), outputs.dim() == 2),
         ("loss is one finite number", round(loss.detach().mean().item(), 4), finite),
         ("parameters without a gradient", ", ".join(without) or "none", not without),
         (
             "one example alone gives the same as in a batch",
-            float((alone - outputs).abs().max()),
+            float(f"{(alone - outputs).abs().max():.0e}"),
             torch.allclose(alone, outputs, atol=1e-4, rtol=1e-3),
         ),
         ("BatchNorm layers", len(norms), None),
