@@ -1,12 +1,13 @@
 """What a run costs: by hand, and as docs/azure-ml.md says."""
 
+import csv
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fl_helpers.planning import run_cost
+from fl_helpers.planning import OVERHEAD, run_cost
 from fl_helpers.simulation import run_rounds, state_bytes
 from fl_helpers.training import Update
 
@@ -56,6 +57,21 @@ def test_hours_are_those_of_the_azure_guide():
         for told, extra in ((kept, 0), (given_back, more)):
             times = dict(overhead_minutes=each + extra, end_minutes=end + extra)
             assert abs(60 * run_cost(1, **both, **times)["hours"] - int(told)) <= 0.51
+            names = {0: "Azure ML, machines kept"}
+            name = names.get(extra, "Azure ML, machines given back")
+            assert OVERHEAD[name] == times | dict(start_minutes=n["b"])
+
+
+def test_overhead_of_own_machines_is_what_was_measured():
+    with (ROOT / "docs/results/engines.csv").open() as file:
+        row = next(csv.DictReader(file))  # four silos, fl_helpers/on_premises
+    assert row["engine"] == "fl_helpers/on_premises" and row["silos"] == "4"
+    measured = (
+        float(row[k]) / 60 for k in ("first_round_s", "later_round_s", "stop_s")
+    )
+    assert list(OVERHEAD["own machines"].values()) == pytest.approx(
+        [*measured], abs=5e-3
+    )
 
 
 @pytest.mark.parametrize(
