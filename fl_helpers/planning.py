@@ -7,6 +7,28 @@ own.
 
 from __future__ import annotations
 
+# Minutes beside training and transfer, to pass to `run_cost(**OVERHEAD[...])`.
+OVERHEAD: dict[str, dict[str, float]] = {
+    # Measured with four silos on one machine: docs/results/engines.csv. Separate
+    # machines and a busy network take longer.
+    "own machines": {
+        "start_minutes": 0.31,
+        "overhead_minutes": 0.01,
+        "end_minutes": 0.005,
+    },
+    # Assumed, not measured: "Time and money" in docs/azure-ml.md.
+    "Azure ML, machines kept": {
+        "start_minutes": 5.0,
+        "overhead_minutes": 3.5,
+        "end_minutes": 4.0,
+    },
+    "Azure ML, machines given back": {
+        "start_minutes": 5.0,
+        "overhead_minutes": 13.5,
+        "end_minutes": 14.0,
+    },
+}
+
 
 def run_cost(
     model_bytes: int,
