@@ -24,6 +24,12 @@ SMOKE = {
         "SEEDS": [0],
     },
     "04_when_hospitals_differ": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
+    "05_privacy_attacks_and_defences": {
+        "SIZES": [640, 320, 240, 200],
+        "ROUNDS": 2,
+        "ITERATIONS": 20,
+        "SHADOW_EPOCHS": 3,
+    },
     "07_cross_silo_on_your_machines": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
     "08_cross_silo_on_azure_ml": {"SIZES": [300, 200, 160, 120], "ROUNDS": 1},
     "09_bring_your_own_data": {
@@ -63,6 +69,10 @@ def check_smoke(name, results):
         assert results["Centralized"] > 40  # chance: 33.3
         assert results["FedBN"] != results["FedAvg"]
         assert results["start_with"]["heart: by site"] == "Local bias"
+    if name.startswith("05"):
+        assert results["recovered"] >= 1 and results["largest_share_error"] < 25
+        assert 0 < results["epsilon"] <= 3
+        assert results["ssim"]["DP-SGD, epsilon 8"] < 0.1
     if name.startswith("07"):
         assert results["same_bits"] is True and results["refused"] == 4
         assert results["processes_left"] == 0
@@ -117,6 +127,18 @@ def test_the_committed_notebooks_tell_the_story():
     assert third["centralized"] > 80 and third["local"] > 60
     assert third["largest_difference"] < 1e-5
     assert recorded["02"]["largest_difference_to_pooled"] < 1e-7
+    fifth = recorded["05"]
+    assert fifth["recovered"] >= 4  # of 8
+    assert (
+        fifth["ssim"]["1 image, 1 step"]
+        > 0.95
+        > 0.3
+        > fifth["ssim"]["8 images, 1 step"]
+    )
+    membership = fifth["membership"]
+    assert membership["likelihood ratio"] > membership["loss"] > 0.75
+    assert 0.48 < membership["FedAvg: loss"] < 0.56
+    assert fifth["fedavg"] > 80 and fifth["largest_share_error"] < 12
     seventh = recorded["07"]
     assert seventh["same_bits"] and seventh["balanced_accuracy"] > 75
     assert seventh["refused"] == 4 and seventh["processes_left"] == 0
@@ -205,3 +227,55 @@ def test_who_lost_much_was_far_and_some_who_were_far_gained(experiment):
     gain = 100 * (pairs["FedAvg"] - pairs["Local"])
     assert (gain < -3).sum() >= 5 and far[gain < -3].min() > 0.5
     assert (gain[far > 0.5] > 3).sum() >= 3
+
+
+@pytest.fixture(scope="module")
+def privacy():
+    """Mean balanced accuracy over hospitals, [approach and level, seed]."""
+    table = pandas.read_csv(ROOT / "docs/results/privacy.csv", dtype={"level": str})
+    by = ["approach", "level", "seed"]
+    return 100 * table.groupby(by).balanced_accuracy.mean().unstack()
+
+
+def test_privacy_costs_accuracy_and_a_federation_costs_less(privacy):
+    levels = ["0.5", "1.0", "3.0", "8.0", "inf"]
+    together, alone = (
+        privacy.loc[name].loc[levels] for name in ("DP-SGD", "DP-SGD alone")
+    )
+    assert together.mean(axis=1).is_monotonic_increasing
+    assert (together.mean(axis=1) > alone.mean(axis=1) + 4).all()
+    lost = privacy.loc["FedAvg", "none"] - together.loc["8.0"]
+    assert (lost > 15).all() and privacy.shape[1] == 5
+
+
+def test_silo_level_noise_drowns_a_model_of_four(privacy):
+    assert privacy.loc["silo level", "1.0"].max() < 40  # chance: 33
+    assert (
+        privacy.loc["silo level", "0.1"].mean()
+        < privacy.loc["silo level", "0.0"].mean()
+    )
+
+
+def test_8_bits_cost_nothing_and_one_percent_costs_all(privacy):
+    assert (
+        abs(privacy.loc["compressed", "8 bits"] - privacy.loc["FedAvg", "none"]).max()
+        < 1
+    )
+    assert privacy.loc["compressed", "top 1 %"].mean() < 60
+
+
+def test_inversion_works_on_one_step_and_not_on_noise():
+    table = pandas.read_csv(ROOT / "docs/results/privacy_attacks.csv")
+    found = table.query("attack == 'inversion'").pivot_table(
+        "value", "condition", "measure"
+    )
+    guess = found["ssim of a public mean image"].iloc[0]
+    works = [
+        "one image, one step",
+        "one image, 5 steps",
+        "one image, 20 steps",
+        "batch of 2",
+    ]
+    assert found.ssim[works].min() > guess + 0.2
+    assert found.ssim.drop(works).max() < guess + 0.02  # knows no more than the mean
+    assert found.ssim["DP-SGD, epsilon 8"] < 0.05
