@@ -87,3 +87,25 @@ def test_overhead_of_own_machines_is_what_was_measured():
 def test_impossible_plans_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         run_cost(1, **PLAN | change)
+
+
+def test_uncertainty_of_a_sensitivity_in_the_plan_guide():
+    """1.96 * sqrt(p (1 - p) / n) for p = 0.8, in points."""
+    guide = (ROOT / "docs/plan-your-fl-project.md").read_text()
+    patients = re.search(r"in the test set \| (.+) \|\n", guide)[1].split(" | ")
+    told = re.search(r"in points \| (.+) \|\n", guide)[1].split(" | ")
+    for n, points in zip(patients, told, strict=True):
+        true = 100 * 1.96 * (0.8 * 0.2 / int(n)) ** 0.5
+        assert points == f"± {true:.0f}"
+
+
+def test_anchors_of_the_plan_guide_exist():
+    folder = ROOT / "docs"
+    text = (folder / "plan-your-fl-project.md").read_text()
+    found = re.findall(r"\]\(([\w./-]*\.md)?#([\w-]+)\)", text)
+    assert len(found) > 30
+    for file, anchor in found:
+        target = (folder / file).read_text() if file else text
+        titles = re.findall(r"(?m)^#+ (.+)$", target)
+        anchors = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+        assert anchor in anchors, f"{file}#{anchor}"
