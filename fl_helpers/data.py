@@ -2,8 +2,9 @@
 
 Each loader returns `Arrays`. Nothing is scaled or imputed here: statistics of rows from
 several hospitals would be a use of pooled data. `data/README.md` describes the data
-sets. Needs numpy; torchvision to download, Pillow for image folders. Copy this file on
-its own (and `data/heart_disease.csv` if you want that table).
+sets. Needs numpy; torchvision to download, Pillow for image folders, pydicom for DICOM
+(an extra: `pip install pydicom`). Copy this file on its own (and
+`data/heart_disease.csv` if you want that table).
 """
 
 from __future__ import annotations
@@ -424,6 +425,47 @@ def _pixels(image: np.ndarray) -> str:
     return f"{image.shape[1]} x {image.shape[0]} pixels"
 
 
+def read_dicom(
+    path: str | Path, *, window: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Read one DICOM image as grey levels, uint8 [H, W]; bright is dense.
+
+    window: (lowest, highest) value to show, after the file's own rescaling (Hounsfield
+    units for CT); the same in every hospital, because it becomes part of the model.
+    None: the window or table that the file proposes, which differs by device, else the
+    whole range. Pixels only: no name, date or other element of the file is returned,
+    but what is burned into the pixels stays. Needs pydicom, and one of its plug-ins for
+    compressed files. Raises ValueError for a file that is no single grey image.
+    """
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    try:
+        dataset = pydicom.dcmread(path)
+        pixels, kind = dataset.pixel_array, dataset.PhotometricInterpretation
+    except (pydicom.errors.InvalidDicomError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} has no image that can be read ({error}); leave it out, or install "
+            "pydicom's plug-in for its compression"
+        ) from error
+    if pixels.ndim != 2 or not kind.startswith("MONOCHROME"):
+        raise ValueError(
+            f"{path} holds {kind} pixels {list(pixels.shape)}; one grey image per file "
+            "is read: choose a frame, or convert colour first"
+        )
+    values = apply_modality_lut(pixels, dataset)
+    if window is None:
+        values = apply_voi_lut(values, dataset)
+    values = values.astype(np.float64)
+    low, high = window or (values.min(), values.max())
+    if window is not None and not low < high:
+        raise ValueError(f"window must be (lowest, highest), got {window}")
+    grey = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    if kind == "MONOCHROME1":  # its low values are bright
+        grey = 1 - grey
+    return (255 * grey).round().astype(np.uint8)
+
+
 # ---------------------------------------------------------------------- heart disease
 
 HEART_DISEASE_CSV = (
@@ -472,6 +514,50 @@ def load_heart_disease(
         site=site,
         features=_HEART_FEATURES,
     )
+
+
+def flamby_test_rows(arrays: Arrays) -> np.ndarray:
+    """Which rows of `load_heart_disease()` FLamby tests on, bool [N].
+
+    Fed-Heart-Disease (Ogier du Terrail et al. 2022) fixes one division: 66 % of each
+    hospital to train on, stratified by label where each has more than two rows. This
+    repeats its call of scikit-learn's train_test_split with random_state=43, for two
+    labels, without scikit-learn.
+    """
+    test = np.zeros(len(arrays), bool)
+    for site in sorted(set(arrays.site)):
+        rows = np.flatnonzero(arrays.site == site)
+        groups = [np.flatnonzero(arrays.y[rows] == k) for k in (0, 1)]
+        if min(map(len, groups)) <= 2:
+            groups = [np.arange(len(rows))]
+        test[rows[_drawn_for_test(groups, np.random.RandomState(43))]] = True  # noqa: NPY002
+    return test
+
+
+def _drawn_for_test(
+    groups: list[np.ndarray], rng: np.random.RandomState, share: float = 0.66
+) -> np.ndarray:
+    """The draws of scikit-learn, in their order; share: of the training rows."""
+    sizes = np.array([len(group) for group in groups])
+    total = sizes.sum()
+
+    def spread(left: np.ndarray, wanted: int) -> np.ndarray:
+        exact = left / left.sum() * wanted
+        counts = np.floor(exact)
+        if counts.sum() < wanted:  # of two groups at most one lacks a row
+            rest = exact - counts
+            best = np.flatnonzero(rest == rest.max())
+            counts[rng.choice(best, size=1, replace=False)] += 1
+        return counts.astype(int)
+
+    num_train, num_test = int(share * total), math.ceil((1 - share) * total)
+    if len(groups) == 1:
+        return rng.permutation(total)[:num_test]
+    train = spread(sizes, num_train)
+    test = spread(sizes - train, num_test)
+    drawn = [group[rng.permutation(len(group))] for group in groups]
+    parts = zip(drawn, train, test, strict=True)
+    return np.concatenate([rows[start : start + n] for rows, start, n in parts])
 
 
 def _read_heart_table(path: Path) -> tuple[np.ndarray, np.ndarray]:

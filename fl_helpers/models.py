@@ -1,17 +1,20 @@
 """Models of the notebooks: a small CNN, an MLP for tables, any torchvision classifier.
 
-Each function returns a plain `nn.Module` with random weights drawn from torch's
-global generator (seed it with `torch.manual_seed`). Copy this file on its own.
+Each of these functions returns a plain `nn.Module` with random weights drawn from
+torch's global generator (seed it with `torch.manual_seed`). `check_model` looks at a
+model of your own before you federate it. Copy this file on its own.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Norm = Literal["batch", "group", "none"]
 
@@ -89,6 +92,79 @@ def torchvision_model(
     if in_channels != 3:
         _replace_stem(model, in_channels)
     return model
+
+
+def check_model(
+    make_model: Callable[[], nn.Module],
+    examples: tuple[Tensor, Tensor],
+    *,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    steps: int = 20,
+) -> list[dict[str, Any]]:
+    """Look at a model of your own before you federate it.
+
+    make_model: builds it with random weights. examples: one batch x [N, ...], y [N] of
+    your data, N >= 2, not modified. loss_fn(model(x), y): mean loss. steps: gradient
+    steps to time.
+
+    Returns rows {check, found, ok}: ok is False where a federation would fail or
+    mislead, None where it is for you to judge. What the model itself raises with these
+    examples is raised. Draws from torch's global generator.
+    """
+    x, y = examples
+    model, twin = make_model(), make_model()
+    state = model.state_dict()
+    twin.load_state_dict(state)
+    same = torch.equal(_outputs(model, x), _outputs(twin, x))
+    outputs = _outputs(model, x)
+    alone = torch.cat([_outputs(model, one) for one in x.split(1)])
+    loss = loss_fn(model.train()(x), y)
+    loss.mean().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    without = [name for name, p in trained.items() if p.grad is None]
+    norms = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    finite = bool(loss.isfinite().all()) and loss.dim() == 0
+    size = sum(value.nbytes for value in state.values())
+    rows = [
+        ("a second one loads its state_dict, same outputs", same, same),
+        ("outputs [N, classes]", list(outputs.shape), outputs.dim() == 2),
+        ("loss is one finite number", round(loss.detach().mean().item(), 4), finite),
+        ("parameters without a gradient", ", ".join(without) or "none", not without),
+        (
+            "one example alone gives the same as in a batch",
+            float(f"{(alone - outputs).abs().max():.0e}"),
+            torch.allclose(alone, outputs, atol=1e-4, rtol=1e-3),
+        ),
+        ("BatchNorm layers", len(norms), None),
+        ("bytes per silo and round, both ways", 2 * size, None),
+        (
+            "gradient steps per second",
+            _steps_per_second(twin, x, y, loss_fn, steps),
+            None,
+        ),
+    ]
+    return [dict(zip(("check", "found", "ok"), row, strict=True)) for row in rows]
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+def _steps_per_second(
+    model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable[..., Tensor], steps: int
+) -> float:
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-6)
+    started = time.perf_counter()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).mean().backward()
+        optimizer.step()
+    return round(steps / (time.perf_counter() - started), 1)
 
 
 def _norm_2d(norm: Norm, channels: int) -> nn.Module:

@@ -212,6 +212,20 @@ def train_privately(
     return PrivateUpdate(silo.name, params | account.entries(), len(x), metrics)
 
 
+def dp_problems(model: nn.Module) -> list[str]:
+    """Why `train_privately` would refuse a model; empty if it would not. Layers that
+    mix examples, keep statistics or draw numbers, frozen ones too. Sets train mode."""
+    bad = []
+    for path, module in model.named_modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        rates = (getattr(module, name, 0) for name in ("p", "dropout"))
+        if norm or getattr(module, "track_running_stats", False):
+            bad.append(f"{path} ({type(module).__name__}) shares statistics")
+        elif any(isinstance(rate, float) and rate > 0 for rate in rates):
+            bad.append(f"{path} ({type(module).__name__}) draws outside of rng")
+    return bad + [str(error) for error in ModuleValidator.validate(model.train())]
+
+
 def secret_rng(
     secret: bytes, params: Mapping[str, Tensor], round_index: int
 ) -> torch.Generator:
@@ -332,16 +346,7 @@ def _check(silo: SiloLike, delta: float, rate: float, steps: int, clip: float) -
 
 
 def _check_model(silo: str, model: nn.Module) -> None:
-    """Refuse layers that mix examples, keep statistics or draw numbers, frozen too."""
-    bad = []
-    for path, module in model.named_modules():
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        rates = (getattr(module, name, 0) for name in ("p", "dropout"))
-        if norm or getattr(module, "track_running_stats", False):
-            bad.append(f"{path} ({type(module).__name__}) shares statistics")
-        elif any(isinstance(rate, float) and rate > 0 for rate in rates):
-            bad.append(f"{path} ({type(module).__name__}) draws outside of rng")
-    bad += [str(error) for error in ModuleValidator.validate(model.train())]
+    bad = dp_problems(model)
     if bad:
         raise ValueError(
             f"DP-SGD cannot train silo {silo!r}'s model: {'; '.join(bad[:3])}. Use "

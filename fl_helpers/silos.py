@@ -179,6 +179,24 @@ def pool_silos(silos: Sequence[Silo], *, name: str = "centralized") -> Silo:
     return Silo(name, train, test)
 
 
+def scale_silos(
+    silos: Sequence[Silo], mean: np.ndarray, spread: np.ndarray
+) -> list[Silo]:
+    """Scale table columns, training and test rows, to (x - mean) / spread.
+
+    mean, spread: [F], the same for all silos, from training rows only, such as the
+    mean and the root of the variance that `combine_statistics` finds without pooling.
+    A spread of 0 (a constant column) counts as 1. Returns new silos.
+    """
+    spread = np.where(np.asarray(spread) == 0, 1.0, spread)
+    center, unit = (torch.as_tensor(v, dtype=torch.float32) for v in (mean, spread))
+
+    def scaled(part: Examples) -> Examples:
+        return Examples((part.x - center) / unit, part.y)
+
+    return [Silo(s.name, scaled(s.train), scaled(s.test)) for s in silos]
+
+
 def summarize_silos(
     silos: Sequence[Silo], classes: Sequence[str]
 ) -> list[dict[str, str | int]]:

@@ -928,3 +928,106 @@ def test_a_copied_file_works_alone(tmp_path, name):
         "assert len(s.synthetic_cxr([3, 2])) == 5",
     }[name]
     subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("site", PUBLISHED)
+def test_flamby_division_is_that_of_scikit_learn(site):
+    """The call of FLamby's dataset.py, and the sizes that it publishes."""
+    from sklearn.model_selection import train_test_split
+
+    arrays = load_heart_disease()
+    rows = arrays.site == site
+    y = arrays.y[rows]
+    stratify = y if min(np.bincount(y)) > 2 else None
+    train, test = train_test_split(
+        np.arange(len(y)),
+        test_size=1.0 - 0.66,
+        train_size=0.66,
+        random_state=43,
+        stratify=stratify,
+    )
+    found = np.flatnonzero(data.flamby_test_rows(arrays)[rows])
+    assert found.tolist() == sorted(test) and not set(found) & set(train)
+    sizes = {
+        "Cleveland": (199, 104),
+        "Hungary": (172, 89),
+        "Switzerland": (30, 16),
+        "VA Long Beach": (85, 45),
+    }
+    assert (len(train), len(found)) == sizes[site]
+
+
+# ------------------------------------------------------------------------------ DICOM
+
+
+def write_dicom(path, pixels, *, kind="MONOCHROME2", slope=1, intercept=0, window=None):
+    """A grey or colour image without compression."""
+    pydicom = pytest.importorskip("pydicom", reason="needs pydicom, an extra")
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+    uid = generate_uid()
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = uid
+    dataset.PatientName = "Doe^Jane"
+    dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
+    if window:
+        dataset.WindowCenter, dataset.WindowWidth = window
+    bits = 8 * pixels.dtype.itemsize
+    dataset.set_pixel_data(pixels, kind, bits)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+RAMP = np.array([[0, 1000], [2000, 4000]], np.uint16)
+
+
+def test_dicom_window_is_in_the_units_of_the_file(tmp_path):
+    # value = pixel - 1000: -1000, 0, 1000, 3000; the window -1000..1000 maps to 0..255
+    path = write_dicom(tmp_path / "a.dcm", RAMP, intercept=-1000)
+    grey = data.read_dicom(path, window=(-1000, 1000))
+    assert grey.dtype == np.uint8 and grey.tolist() == [[0, 128], [255, 255]]
+    with pytest.raises(ValueError, match=r"\(lowest, highest\), got \(1, 1\)"):
+        data.read_dicom(path, window=(1, 1))
+
+
+def test_dicom_without_window_takes_the_files_own_or_the_whole_range(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", RAMP)
+    assert data.read_dicom(path).tolist() == [[0, 64], [128, 255]]
+    # centre 1000, width 2001 (DICOM PS3.3 C.11.2.1.2): 0 and less dark, 2000 bright
+    path = write_dicom(tmp_path / "b.dcm", RAMP, window=(1000.5, 2001))
+    assert data.read_dicom(path).tolist() == [[0, 128], [255, 255]]
+
+
+def test_dicom_monochrome1_is_turned_over(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", RAMP, kind="MONOCHROME1")
+    assert data.read_dicom(path, window=(0, 4000)).tolist() == [[255, 191], [128, 0]]
+
+
+def test_dicom_flat_image_is_black_and_not_a_division_by_zero(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.full((2, 2), 7, np.uint16))
+    assert (data.read_dicom(path) == 0).all()
+
+
+def test_dicom_refuses_what_is_no_single_grey_image(tmp_path):
+    colour = write_dicom(tmp_path / "c.dcm", np.zeros((2, 2, 3), np.uint8), kind="RGB")
+    with pytest.raises(ValueError, match="RGB pixels"):
+        data.read_dicom(colour)
+    text = tmp_path / "text.dcm"
+    text.write_text("not a DICOM file")
+    with pytest.raises(ValueError, match="no image that can be read"):
+        data.read_dicom(text)
+
+
+def test_dicom_reads_files_of_real_devices():
+    """Small files inside the pydicom package; no download."""
+    pytest.importorskip("pydicom", reason="needs pydicom, an extra")
+    from pydicom.data import get_testdata_file
+
+    for name, shape in {"CT_small.dcm": (128, 128), "MR_small.dcm": (64, 64)}.items():
+        grey = data.read_dicom(get_testdata_file(name, download=False))
+        assert grey.shape == shape and grey.max() > 200 > 50 > grey.min()
+    with pytest.raises(ValueError, match="RGB"):
+        data.read_dicom(get_testdata_file("SC_rgb_small_odd.dcm", download=False))

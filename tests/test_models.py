@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from fl_helpers.models import _replace_stem, mlp, small_cnn, torchvision_model
+from fl_helpers.models import (
+    _replace_stem,
+    check_model,
+    mlp,
+    small_cnn,
+    torchvision_model,
+)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
@@ -72,3 +78,75 @@ def test_a_classifier_that_cannot_be_adapted_is_refused(name):
     # No linear layer at the end; further heads that training would need.
     with pytest.raises(ValueError, match=name):
         torchvision_model(name, 2)
+
+
+def found(rows):
+    """By first word, but "second" for the reload."""
+    words = [row["check"].removeprefix("a ").split()[0] for row in rows]
+    return {w: (r["found"], r["ok"]) for w, r in zip(words, rows, strict=True)}
+
+
+def examples(n=8):
+    return torch.randn(n, 1, 16, 16), torch.arange(n) % 3
+
+
+def test_check_of_a_good_model():
+    x, y = examples()
+    before = x.clone()
+    rows = check_model(lambda: small_cnn(3), (x, y), steps=2)
+    assert all(row["ok"] in (True, None) for row in rows) and torch.equal(x, before)
+    row = found(rows)
+    assert row["BatchNorm"] == (3, None) and row["outputs"][0] == [8, 3]
+    # 30,444 + 460 bytes of float32 (7611 parameters, 112 statistics), 3 counters
+    assert row["bytes"][0] == 2 * (4 * (7611 + 112) + 3 * 8)
+    assert row["gradient"][0] > 0
+    assert found(check_model(lambda: small_cnn(3, norm="group"), (x, y)))[
+        "BatchNorm"
+    ] == (0, None)
+
+
+def test_check_finds_a_state_that_lacks_what_decides():
+    class Hidden(nn.Module):
+        """A constant drawn at construction, in no state_dict."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(256, 3), torch.rand(()) + 1
+
+        def forward(self, x):
+            return self.scale * self.linear(x.flatten(1))
+
+    row = found(check_model(Hidden, examples()))
+    assert row["second"] == (False, False) and row["loss"][1]
+
+
+def test_check_finds_what_gets_no_gradient_and_no_finite_loss():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(256, 3), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    row = found(check_model(Unused, examples()))
+    assert row["parameters"] == ("spare.weight, spare.bias", False)
+    row = found(
+        check_model(Unused, examples(), loss_fn=lambda z, y: z.sum() / 0)  # infinite
+    )
+    assert row["loss"][1] is False
+    row = found(check_model(Unused, examples(), loss_fn=lambda z, y: z.mean(1)))
+    assert row["loss"][1] is False  # a vector, not a number
+
+
+def test_check_finds_a_model_that_mixes_examples():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(256, 3)
+
+        def forward(self, x):
+            z = self.linear(x.flatten(1))
+            return z - z.mean(0)
+
+    assert found(check_model(Mixing, examples()))["one"][1] is False

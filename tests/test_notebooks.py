@@ -36,6 +36,11 @@ SMOKE = {
     },
     "07_cross_silo_on_your_machines": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
     "08_cross_silo_on_azure_ml": {"SIZES": [300, 200, 160, 120], "ROUNDS": 1},
+    "09_bring_your_own_data": {
+        "SIZES": [300, 200, 160, 120],
+        "ROUNDS": 4,
+        "SEEDS": [0, 1],
+    },
 }
 
 
@@ -83,6 +88,10 @@ def check_smoke(name, results):
     if name.startswith("08"):
         assert results["same_bits"] is True and results["refused"] == 1
         assert results["jobs"] == 11  # initial, 4 train, aggregate, 4 evaluate, collect
+    if name.startswith("09"):
+        assert results["federated"] > 65 and results["local"] > 65  # chance: 50
+        assert results["own_model"] > 40  # chance: 33.3, or 50 with real radiographs
+        assert results["copied"] == 7
 
 
 @pytest.mark.notebooks
@@ -152,6 +161,15 @@ def test_the_committed_notebooks_tell_the_story():
     assert seventh["refused"] == 4 and seventh["processes_left"] == 0
     eighth = recorded["08"]
     assert eighth["same_bits"] and eighth["balanced_accuracy"] > 65
+    ninth = recorded["09"]
+    for source in ("published", "here"):  # FLamby's own figures, and ours
+        means = {a: v[source] for a, v in ninth["benchmark"].items()}
+        assert means["federated"] + 3 < means["local"]
+    assert ninth["largest_deviation_from_published"] < 1
+    assert ninth["worst_hospital"] == "VA Long Beach"  # and it gains most surely
+    assert ninth["wins"]["federated"]["VA Long Beach"] >= 9  # of 10
+    assert ninth["wins"]["federated"]["Switzerland"] <= 1
+    assert ninth["local bias"] > ninth["federated"] + 3
     fourth = recorded["04"]
     assert max(fourth["drift"]["different"]) < min(fourth["drift"]["alike"])  # 3 seeds
     assert fourth["Own statistics"] > fourth["FedAvg"] + 5

@@ -20,6 +20,7 @@ from fl_helpers.privacy import (
     Budget,
     BudgetExceeded,
     PrivateUpdate,
+    dp_problems,
     epsilon_spent,
     ledger,
     noise_for,
@@ -506,3 +507,10 @@ def test_a_seed_of_torch_is_too_short_to_be_a_secret():
     a, b = (torch.randn(5, generator=rng(seed)) for seed in seeds)
     assert torch.equal(a, b)
     assert silo_rng(0, "a", 0).initial_seed() > 2**32
+
+
+def test_problems_are_those_for_which_training_refuses():
+    assert dp_problems(small_cnn(2, norm="group")) == []
+    (first, *_) = dp_problems(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    assert first == "1 (Dropout) draws outside of rng"
+    assert "shares statistics" in dp_problems(small_cnn(2))[0]

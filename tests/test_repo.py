@@ -29,7 +29,7 @@ DOCUMENTS = [
 by_name = dict(ids=lambda path: path.name)
 
 ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
-    "data.py": {"torchvision", "PIL"},
+    "data.py": {"torchvision", "PIL", "pydicom"},
     "exchange.py": {"safetensors"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},

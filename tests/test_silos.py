@@ -12,6 +12,7 @@ from fl_helpers.silos import (
     partition_dirichlet,
     partition_iid,
     pool_silos,
+    scale_silos,
     split_silo,
     summarize_silos,
     to_tensor,
@@ -215,3 +216,14 @@ def test_test_rows_are_drawn_at_random():
     first_quarters = {*range(75), *range(300, 350), *range(500, 525)}
     drawn = [first_quarters, *held_out(0), *held_out(1)]
     assert len({frozenset(rows) for rows in drawn}) == 5  # by seed and by name
+
+
+def test_scaled_columns_are_in_spreads_from_the_mean_and_the_rest_stays():
+    x = np.array([[0, 5], [2, 5], [4, 5], [6, 5]], np.float32)
+    parts = {"A": np.arange(4)}
+    before = make_silos(x, np.array([0, 1, 0, 1]), parts, test_share=0.5, seed=0)
+    (silo,) = scale_silos(before, np.array([3.0, 5.0]), np.array([2.0, 0.0]))
+    # (0, 2, 4, 6 - 3) / 2; a constant column becomes 0, not NaN
+    values = sorted(silo.train.x[:, 0].tolist() + silo.test.x[:, 0].tolist())
+    assert values == [-1.5, -0.5, 0.5, 1.5] and not silo.train.x[:, 1].any()
+    assert before[0].train.x[:, 1].eq(5).all() and silo.train.y is before[0].train.y

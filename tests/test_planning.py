@@ -1,0 +1,111 @@
+"""What a run costs: by hand, and as docs/azure-ml.md says."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fl_helpers.planning import OVERHEAD, run_cost
+from fl_helpers.simulation import run_rounds, state_bytes
+from fl_helpers.training import Update
+
+ROOT = Path(__file__).parent.parent
+PLAN = dict(silos=4, rounds=10, training_minutes=5, mbit_per_s=100)
+
+
+def test_cost_by_hand():
+    # a round sends 2 * 4 * 75 MB = 600 MB = 4,800 Mbit: 48 s at 100 Mbit/s
+    cost = run_cost(75_000_000, **PLAN, start_minutes=2, end_minutes=4)
+    minutes = 2 + 10 * (5 + 0.8) + 4
+    assert cost == pytest.approx(
+        {
+            "gigabytes": 6.0,
+            "hours": minutes / 60,
+            "transfer_hours": 8 / 60,
+            "machine_hours": 5 * minutes / 60,
+        }
+    )
+
+
+def test_bytes_are_those_that_a_simulation_counts():
+    params = {"w": torch.zeros(7), "n": torch.zeros(3, dtype=torch.int64)}
+    silos = [type("Silo", (), {"name": name}) for name in "ABC"]
+
+    def client(params, silo, **_):
+        return Update(silo.name, params, 1)
+
+    run = dict(rounds=2, seed=0, progress=False)
+    history = run_rounds(params, silos, client, lambda u: list(u)[0].params, **run)
+    plan = PLAN | dict(silos=3, rounds=2)
+    cost = run_cost(state_bytes(params), **plan)
+    assert cost["gigabytes"] * 1e9 == pytest.approx(history.bytes_sent)
+
+
+def test_hours_are_those_of_the_azure_guide():
+    guide = (ROOT / "docs/azure-ml.md").read_text()
+    said = re.search(r"For (`o` = .*?), all in minutes", guide)[1]
+    n = {k: float(v) for k, v in re.findall(r"`(\w+)` = ([\d.]+)", said)}
+    rows = re.findall(r"(?m)^\| (\d+) \| (\d+) \| \d+ \| (\d+) \| (\d+) \|", guide)
+    assert len(rows) == 4
+    for rounds, silos, kept, given_back in rows:
+        both = dict(rounds=int(rounds), silos=int(silos), start_minutes=n["b"])
+        both |= dict(training_minutes=n["t"], mbit_per_s=1e9)
+        each, end = 2 * n["o"] + n["a"], 2 * n["o"] + 1
+        more = 2 * n["b"]
+        for told, extra in ((kept, 0), (given_back, more)):
+            times = dict(overhead_minutes=each + extra, end_minutes=end + extra)
+            assert abs(60 * run_cost(1, **both, **times)["hours"] - int(told)) <= 0.51
+            names = {0: "Azure ML, machines kept"}
+            name = names.get(extra, "Azure ML, machines given back")
+            assert OVERHEAD[name] == times | dict(start_minutes=n["b"])
+
+
+def test_overhead_of_own_machines_is_what_was_measured():
+    with (ROOT / "docs/results/engines.csv").open() as file:
+        row = next(csv.DictReader(file))  # four silos, fl_helpers/on_premises
+    assert row["engine"] == "fl_helpers/on_premises" and row["silos"] == "4"
+    measured = (
+        float(row[k]) / 60 for k in ("first_round_s", "later_round_s", "stop_s")
+    )
+    assert list(OVERHEAD["own machines"].values()) == pytest.approx(
+        [*measured], abs=5e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(silos=0), "silos must be >= 1, got 0"),
+        (dict(rounds=-1), "rounds must be >= 1, got -1"),
+        (dict(mbit_per_s=0), "mbit_per_s must be > 0"),
+        (dict(training_minutes=-1), "training_minutes must be >= 0"),
+        (dict(end_minutes=float("nan")), "end_minutes must be >= 0, got nan"),
+    ],
+)
+def test_impossible_plans_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        run_cost(1, **PLAN | change)
+
+
+def test_uncertainty_of_a_sensitivity_in_the_plan_guide():
+    """1.96 * sqrt(p (1 - p) / n) for p = 0.8, in points."""
+    guide = (ROOT / "docs/plan-your-fl-project.md").read_text()
+    patients = re.search(r"in the test set \| (.+) \|\n", guide)[1].split(" | ")
+    told = re.search(r"in points \| (.+) \|\n", guide)[1].split(" | ")
+    for n, points in zip(patients, told, strict=True):
+        true = 100 * 1.96 * (0.8 * 0.2 / int(n)) ** 0.5
+        assert points == f"± {true:.0f}"
+
+
+def test_anchors_of_the_plan_guide_exist():
+    folder = ROOT / "docs"
+    text = (folder / "plan-your-fl-project.md").read_text()
+    found = re.findall(r"\]\(([\w./-]*\.md)?#([\w-]+)\)", text)
+    assert len(found) > 30
+    for file, anchor in found:
+        target = (folder / file).read_text() if file else text
+        titles = re.findall(r"(?m)^#+ (.+)$", target)
+        anchors = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+        assert anchor in anchors, f"{file}#{anchor}"
