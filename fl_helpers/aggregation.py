@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -356,22 +356,25 @@ def make_aggregate(
     params: Mapping[str, Tensor],
     trainable: Iterable[str] = (),
     options: Mapping[str, float] | None = None,
+    *,
+    more: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Iterable[UpdateLike]], Params]:
     """`weighted_average`, or a new server rule, by name: for runs that bring no code.
 
-    params, trainable: as for a rule. options: its keyword arguments. Raises ValueError
+    params, trainable: as for a rule. options: its keyword arguments. more: further
+    rules by name, made from the same, such as `robust.ROBUST_RULES`. Raises ValueError
     for a name or an option that is not known.
     """
-    options = dict(options or {})
+    options, rules = dict(options or {}), {**SERVER_RULES, **(more or {})}
     if name == "weighted_average" and not options:
         return weighted_average
-    if name not in SERVER_RULES:
+    if name not in rules:
         raise ValueError(
             f"aggregate must be weighted_average (without options) or one of "
-            f"{sorted(SERVER_RULES)}, got {name!r}"
+            f"{sorted(rules)}, got {name!r}"
         )
     try:
-        return SERVER_RULES[name](params, trainable, **options)
+        return rules[name](params, trainable, **options)
     except TypeError as error:
         raise ValueError(f"{name} does not take {options}: {error}") from None
 

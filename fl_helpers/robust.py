@@ -22,9 +22,11 @@ FLTrust (Cao et al. 2021) needs labelled patients at the orchestrator, which has
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -165,6 +167,35 @@ class NormClipping:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict` of the same model."""
         self.params = {name: state[name].clone() for name in self.params}
+
+
+def _maker(rule: Callable[..., Params]) -> Callable[..., Callable[..., Params]]:
+    """A rule without a memory, to be made as those with one are."""
+    known = inspect.signature(rule)
+
+    def make(
+        params: Mapping[str, Tensor], trainable: Iterable[str], **options: Any
+    ) -> Callable[..., Params]:
+        known.bind([], **options)  # TypeError for an option that it does not take
+        if "entries" in known.parameters:
+            options = {"entries": tuple(trainable) or None} | options
+        return partial(rule, **options)
+
+    return make
+
+
+def _norm_clipping(
+    params: Mapping[str, Tensor], trainable: Iterable[str], **options: Any
+) -> NormClipping:
+    return NormClipping(params, entries=tuple(trainable) or None, **options)
+
+
+# By name, for `aggregation.make_aggregate(more=ROBUST_RULES)` in the real runs;
+# distances go over the trainable entries, if some are named.
+ROBUST_RULES: dict[str, Callable[..., Any]] = {
+    rule.__name__: _maker(rule)
+    for rule in (coordinate_median, trimmed_mean, krum, geometric_median)
+} | {"NormClipping": _norm_clipping}
 
 
 def _trimmed(updates: Sequence[UpdateLike], trim: int) -> Params:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_helpers import robust
-from fl_helpers.aggregation import weighted_average
+from fl_helpers.aggregation import make_aggregate, weighted_average
 from fl_helpers.robust import (
     NormClipping,
     coordinate_median,
@@ -486,3 +486,34 @@ def test_32_updates_of_11_million_numbers_need_no_more_than_two_models():
     )
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) <= 2, done.stdout  # the result is one
+
+
+def test_rules_by_name_are_the_rules():
+    rng = torch.Generator().manual_seed(0)
+    start = {"w": torch.zeros(3, 2), "running": torch.zeros(2)}
+    updates = [
+        Update(
+            name, {k: torch.randn(v.shape, generator=rng) for k, v in start.items()}, 9
+        )
+        for name in "abcdef"
+    ]
+    direct = {
+        "coordinate_median": (robust.coordinate_median, {}),
+        "trimmed_mean": (partial(robust.trimmed_mean, trim=1), {"trim": 1}),
+        "krum": (partial(robust.krum, malicious=1, entries=["w"]), {"malicious": 1}),
+        "geometric_median": (partial(robust.geometric_median, entries=["w"]), {}),
+        "NormClipping": (
+            robust.NormClipping(start, max_norm=0.1, entries=["w"]),
+            {"max_norm": 0.1},
+        ),
+    }
+    assert direct.keys() == robust.ROBUST_RULES.keys()
+    for name, (rule, options) in direct.items():
+        more = {"more": robust.ROBUST_RULES}
+        made = make_aggregate(name, start, ["w"], options, **more)
+        found, expected = made(iter(updates)), rule(iter(updates))
+        assert all(found[key].equal(expected[key]) for key in start), name
+        with pytest.raises(ValueError, match=f"{name} does not take .*'speed'"):
+            make_aggregate(name, start, ["w"], options | {"speed": 1}, **more)
+    with pytest.raises(ValueError, match="got 'krum'"):
+        make_aggregate("krum", start, ["w"], {"malicious": 1})

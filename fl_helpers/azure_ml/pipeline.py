@@ -25,8 +25,9 @@ from azure.ai.ml.entities import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fl_helpers.aggregation import SERVER_RULES, make_aggregate
+from fl_helpers.aggregation import make_aggregate
 from fl_helpers.azure_ml.federation import Federation, Party, place
+from fl_helpers.robust import ROBUST_RULES
 
 logging.getLogger("azure.ai.ml").setLevel("ERROR")  # notes on experimental classes
 
@@ -67,7 +68,8 @@ def build_pipeline(
     client, settings: see `client.load_client`; None takes the federation's. prepare: a
     function in the same form, called once in each silo as function(data, target,
     settings); it writes into the folder target what the client then gets as data.
-    aggregate: "weighted_average", or a server rule, its options and trainable names.
+    aggregate: "weighted_average", a server or robust rule; its options; the trainable
+    names.
     evaluate: the silos test the model before they train and, if `final`, the last one;
     not final is a graph that others follow. max_norm: as in `exchange.Limits`.
 
@@ -82,7 +84,7 @@ def build_pipeline(
     client = client or federation.client
     _check_rounds(run, first, rounds, final and evaluate)
     _check_names(federation, params, keep_local, client=client, prepare=prepare)
-    make_aggregate(aggregate, params, trainable, options)
+    rule = make_aggregate(aggregate, params, trainable, options, more=ROBUST_RULES)
     content = {
         "silos": {silo.key: silo.name for silo in federation.silos},
         "entries": _layout(params),
@@ -106,7 +108,7 @@ def build_pipeline(
         # The entries, and a header: what `exchange` takes.
         max_bytes=1024 + sum(v.nbytes + 256 + 6 * len(k) for k, v in sent.items()),
         keep=bool(keep_local),
-        remember=aggregate in SERVER_RULES,
+        remember=hasattr(rule, "state_dict"),
         prepare=bool(prepare),
         kept=kept or {},
     )

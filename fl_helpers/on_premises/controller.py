@@ -31,6 +31,7 @@ from fl_helpers import exchange
 from fl_helpers.aggregation import make_aggregate
 from fl_helpers.on_premises.executor import CONFIG, INITIAL, end_with_parent
 from fl_helpers.on_premises.gate import pack, unpack
+from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.simulation import Metrics, Params
 
 START_UP = 60  # seconds that the hospitals' workers may need before the first task
@@ -111,9 +112,8 @@ class RoundController(Controller):
 
     def _play(self) -> None:
         spec = self.spec
-        self.aggregate = make_aggregate(
-            spec["aggregate"], self.params, spec["trainable"], spec["options"]
-        )
+        rule = (spec["aggregate"], self.params, spec["trainable"], spec["options"])
+        self.aggregate = make_aggregate(*rule, more=ROBUST_RULES)
         state = self._resume()
         self._event("start", round=state["rounds_done"], rounds=spec["rounds"])
         while state["rounds_done"] < spec["rounds"]:

@@ -24,6 +24,7 @@ from fl_helpers.aggregation import make_aggregate
 from fl_helpers.on_premises.controller import RoundController
 from fl_helpers.on_premises.executor import INITIAL, SiteExecutor
 from fl_helpers.on_premises.site import Site
+from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.simulation import Params
 
 LAST = ("done", "failed", "no_quorum")
@@ -41,9 +42,9 @@ class Run:
     name: of its folder; started again under its name, a run goes on from its last
     round. params: initial model state. rounds, seed, keep_local: as in `run_rounds`.
     quorum: valid updates that a round needs. deadline: seconds that it may take.
-    aggregate: "weighted_average", or a server rule with its options and trainable
-    names. settings: plain numbers and texts for the hospitals' own function. evaluate:
-    the silos test the global model before they train, and the last one. metrics: names
+    aggregate: "weighted_average", a server or robust rule with its options and the
+    trainable names. settings: plain numbers and texts for the hospitals' own function.
+    evaluate: the silos test the global model before they train, and the last one. metrics: names
     that may be reported ("test_loss" if `evaluate` gives "loss"), beside those of
     `exchange.Limits`; max_norm and max_bytes as there. stop: {"metric": name,
     "patience": rounds}, "higher_is_better": False for a loss; stop when the mean over
@@ -81,7 +82,8 @@ class Run:
             raise ValueError(
                 f"keep_local names entries that params lacks: {unknown[:3]}"
             )
-        make_aggregate(self.aggregate, self.params, self.trainable, self.options)
+        rule = (self.aggregate, self.params, self.trainable, self.options)
+        make_aggregate(*rule, more=ROBUST_RULES)
 
 
 def play(

@@ -8,6 +8,7 @@ import torch
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import make_aggregate
 from fl_helpers.azure_ml import plan, rounds, run_locally
+from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.training import norm_entries, zero_variates
 
 from . import azure_trial, hospital
@@ -149,8 +150,10 @@ def test_should_stop(means, patience, higher, expected):
 
 
 @pytest.mark.engines
-def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos):
-    """FedProx, FedBN, SCAFFOLD and FedAdam end with the bits of the simulation."""
+@pytest.mark.parametrize("rule", ["FedAdam", "NormClipping"])
+def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos, rule):
+    """FedProx, FedBN, SCAFFOLD and a rule that remembers end with the bits of the
+    simulation."""
     fed = azure_trial.read(tmp_path, azure_trial.content(NAMES[:2]))
     folders = sorted((silos_yaml.parent / "data").iterdir())
     data = dict(zip(NAMES, folders, strict=True))
@@ -159,7 +162,8 @@ def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos):
     trainable = [name for name, _ in model.named_parameters()]
     keep = norm_entries(model)
     keep += [name for name in variates if name.startswith("own_variate.")]
-    settings, options = {"mu": 0.1, "scaffold": 1}, {"lr": 0.01}
+    settings = {"mu": 0.1, "scaffold": 1}
+    options = {"FedAdam": {"lr": 0.01}, "NormClipping": {"max_norm": 0.5}}[rule]
 
     def here(job, some):
         graph = plan.read_plan(job._to_dict())
@@ -168,11 +172,11 @@ def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos):
     state = play(
         *(here, fed, params, tmp_path),
         **{"rounds": 2, "keep_local": keep, "settings": settings, "evaluate": False},
-        **{"aggregate": "FedAdam", "options": options, "trainable": trainable},
+        **{"aggregate": rule, "options": options, "trainable": trainable},
     )
 
     update, _ = hospital.functions(settings)
-    rule = make_aggregate("FedAdam", params, trainable, options)
+    rule = make_aggregate(rule, params, trainable, options, more=ROBUST_RULES)
     history = simulation.run_rounds(
         *(params, silos[:2], update, rule),
         **{"rounds": 2, "seed": 0, "keep_local": keep, "progress": False},

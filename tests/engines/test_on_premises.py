@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ from nvflare.app_common.job_launcher.client_process_launcher import (
     ClientProcessJobLauncher,
 )
 
-from fl_helpers import aggregation
+from fl_helpers import aggregation, robust
 from fl_helpers.on_premises import gate, provision, runs
 from fl_helpers.on_premises.fleet import Fleet
 from fl_helpers.on_premises.runs import Run, RunError
@@ -204,6 +205,14 @@ def test_fedprox_and_fedadam_through_a_server_crash(fleet, silos, params):
     assert of(events, "start")[0]["round"] >= 2
     rule = aggregation.FedAdam(params, trainable, lr=0.02)
     expected = simulate(run, silos, settings, rule)
+    assert_same_bits(fleet.result(run), expected.params)
+
+
+def test_a_robust_rule_by_name(fleet, silos, params):
+    trim = {"aggregate": "trimmed_mean", "options": {"trim": 1}}
+    run = new_run("trimmed", params, rounds=2, **trim)
+    play(fleet, run)
+    expected = simulate(run, silos, {}, partial(robust.trimmed_mean, trim=1))
     assert_same_bits(fleet.result(run), expected.params)
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from fl_helpers import exchange
 from fl_helpers.aggregation import make_aggregate
 from fl_helpers.client import Client, load_client
+from fl_helpers.robust import ROBUST_RULES
 
 HERE = Path(__file__).resolve().parent
 INITIAL, MEMORY = "initial.safetensors", "memory.safetensors"
@@ -91,7 +92,8 @@ class Run:
     def rule(self, params: exchange.Params) -> Any:
         """The aggregation, standing at the shared entries of the model."""
         names = [name for name in self.trainable if name not in self.keep_local]
-        return make_aggregate(self.aggregate, params, names, self.options)
+        rule = (self.aggregate, params, names, self.options)
+        return make_aggregate(*rule, more=ROBUST_RULES)
 
 
 def read_run() -> Run:
