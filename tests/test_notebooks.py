@@ -30,6 +30,10 @@ SMOKE = {
         "ITERATIONS": 20,
         "SHADOW_EPOCHS": 3,
     },
+    "06_faults_and_poisoned_updates": {
+        "SIZES": [400, 320, 320, 240, 240, 240],
+        "ROUNDS": 6,
+    },
     "07_cross_silo_on_your_machines": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
     "08_cross_silo_on_azure_ml": {"SIZES": [300, 200, 160, 120], "ROUNDS": 1},
     "09_bring_your_own_data": {
@@ -73,6 +77,11 @@ def check_smoke(name, results):
         assert results["recovered"] >= 1 and results["largest_share_error"] < 25
         assert 0 < results["epsilon"] <= 3
         assert results["ssim"]["DP-SGD, epsilon 8"] < 0.1
+    if name.startswith("06"):
+        assert results["same_bits"] is True
+        assert results["calm"] > 45  # chance: 33.3
+        live = results["live"]
+        assert live["weighted average"]["called 0, marked"] > 90
     if name.startswith("07"):
         assert results["same_bits"] is True and results["refused"] == 4
         assert results["processes_left"] == 0
@@ -139,6 +148,14 @@ def test_the_committed_notebooks_tell_the_story():
     assert membership["likelihood ratio"] > membership["loss"] > 0.75
     assert 0.48 < membership["FedAvg: loss"] < 0.56
     assert fifth["fedavg"] > 80 and fifth["largest_share_error"] < 12
+    sixth = recorded["06"]
+    assert sixth["same_bits"] and abs(sixth["calm"] - sixth["stormy"]) < 4
+    live = {rule: found["called 0, marked"] for rule, found in sixth["live"].items()}
+    assert live["weighted average"] > 95 > 60 > live["median"] > live["nobody lies"]
+    accuracy = {r: found["balanced accuracy"] for r, found in sixth["live"].items()}
+    assert accuracy["nobody lies"] - accuracy["weighted average"] < 5  # hardly tells
+    worth = sixth["worth"]["C flips"]
+    assert min(worth, key=worth.get) == "Hospital C" and worth["Hospital C"] < 0
     seventh = recorded["07"]
     assert seventh["same_bits"] and seventh["balanced_accuracy"] > 75
     assert seventh["refused"] == 4 and seventh["processes_left"] == 0
@@ -279,3 +296,53 @@ def test_inversion_works_on_one_step_and_not_on_noise():
     assert found.ssim[works].min() > guess + 0.2
     assert found.ssim.drop(works).max() < guess + 0.02  # knows no more than the mean
     assert found.ssim["DP-SGD, epsilon 8"] < 0.05
+
+
+@pytest.fixture(scope="module")
+def poisoning():
+    """Percent, mean over seeds: [attack, malicious, heterogeneity, rule]."""
+    table = pandas.read_csv(ROOT / "docs/results/poisoning.csv")
+    by = ["attack", "malicious", "heterogeneity", "rule"]
+    assert table.seed.nunique() == 3
+    return 100 * table.groupby(by)[["balanced_accuracy", "attack_success"]].mean()
+
+
+EQUAL_VOTES = ["median", "trimmed mean", "geometric median"]
+
+
+def test_equal_votes_keep_the_accuracy_against_one_liar(poisoning):
+    accuracy = poisoning.balanced_accuracy.unstack()
+    one = accuracy.xs((1, 0.25), level=("malicious", "heterogeneity")).drop("none")
+    assert one[EQUAL_VOTES].min(axis=None) > 75 and one["Krum"].min() > 68
+    assert one.loc["labels, x5", "weighted average"] < 50
+    assert (
+        one.loc["labels, claims x10", ["weighted average", "norm clipping"]].max() < 30
+    )
+
+
+def test_two_liars_where_one_was_expected(poisoning):
+    two = poisoning.balanced_accuracy.unstack().xs(
+        (2, 0.25), level=("malicious", "heterogeneity")
+    )
+    assert two.loc[["labels, x5", "sign, x3"], "trimmed mean"].max() < 45
+    assert two.loc["labels", ["Krum", "Multi-Krum"]].max() < 65
+    assert two.loc["labels", "median"] > 70
+
+
+def test_a_quiet_backdoor_passes_most_rules(poisoning):
+    success = poisoning.attack_success.unstack()
+    success = success.xs(0.25, level="heterogeneity")
+    quiet, loud = success.loc["backdoor"], success.loc["backdoor, x5"]
+    assert quiet.loc[2].drop(["Krum", "without them"], errors="ignore").min() > 90
+    assert loud.loc[2, ["Krum", "Multi-Krum"]].max() < 30
+    assert quiet.loc[1, "Multi-Krum"] > 95
+    assert quiet.loc[1, ["median", "trimmed mean"]].max() < 55
+
+
+def test_robust_rules_cost_more_the_more_hospitals_differ(poisoning):
+    accuracy = poisoning.balanced_accuracy.unstack().loc["none", 0]
+    lost = accuracy.sub(accuracy["weighted average"], axis=0)
+    rules = ["median", "trimmed mean", "Krum", "Multi-Krum", "geometric median"]
+    assert (lost.loc[1.0, rules] < lost.loc[0.25, rules] - 3).all()
+    assert lost.loc[0.25, EQUAL_VOTES].min() > -2
+    assert lost["Krum"].max() < -9

@@ -8,10 +8,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
+from torchvision.models import resnet18
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "fl_helpers" / "hospital.py"  # to adapt: it puts the helpers together
@@ -234,3 +238,48 @@ def test_python_in_the_concepts_runs(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, {})
     assert len(blocks) == 2 and "train_loss" in capsys.readouterr().out
+
+
+def said_by(path):
+    """Texts of a file's errors, with … for what is filled in, up to the remedy."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        values = [v.value if isinstance(v, ast.Constant) else "…" for v in parts]
+        if all(isinstance(v, str) for v in values):
+            found.add(re.split(r"; | on its way", "".join(values))[0].strip())
+    return found
+
+
+def test_troubleshooting_has_the_messages_of_the_code():
+    text = (ROOT / "docs/troubleshooting.md").read_text().replace(r"\|", "|")
+    listed = [row.split("`")[1] for row in text.splitlines() if row.startswith("| `")]
+    said = set().union(*map(said_by, HELPERS))
+    whole = {message for message in said if len(message) > 4}
+    heads = {message.split("; ")[0] for message in listed}
+    unknown = {h for h in heads if not any(m.startswith(h.rstrip(".")) for m in whole)}
+    assert not unknown and len(listed) >= 50
+    path = ROOT / "fl_helpers/exchange.py"
+    raised = [
+        argument
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if getattr(node.exc.func, "id", "") == "ValueError"
+        for argument in node.exc.args
+        if isinstance(argument, ast.JoinedStr | ast.Constant)
+    ]
+    for argument in raised:
+        parts = getattr(argument, "values", [argument])
+        values = [v.value if isinstance(v, ast.Constant) else "…" for v in parts]
+        head = "".join(values).split("; ")[0]
+        assert head in heads, f"docs/troubleshooting.md lacks {head!r}"
+    assert len(raised) > 20
+
+
+def test_python_in_security_audits_a_model_that_is_not_ours(capsys):
+    text = (ROOT / "docs/security.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    part = torch.randn(100, 3, 32, 32), torch.randint(2, (100,))
+    silo = SimpleNamespace(train=part, test=part)  # the same images: nothing to find
+    exec(textwrap.dedent(block), {"model": resnet18(num_classes=2), "silo": silo})
+    assert "'auroc': 0.5" in capsys.readouterr().out
