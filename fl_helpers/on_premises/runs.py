@@ -44,9 +44,9 @@ class Run:
     quorum: valid updates that a round needs. deadline: seconds that it may take.
     aggregate: "weighted_average", a server or robust rule with its options and the
     trainable names. settings: plain numbers and texts for the hospitals' own function.
-    evaluate: the silos test the global model before they train, and the last one. metrics: names
-    that may be reported ("test_loss" if `evaluate` gives "loss"), beside those of
-    `exchange.Limits`; max_norm and max_bytes as there. stop: {"metric": name,
+    evaluate: the silos test the global model before they train, and the last one.
+    metrics: names that may be reported ("test_loss" if `evaluate` gives "loss"), beside
+    those of `exchange.Limits`; max_norm and max_bytes as there. stop: {"metric": name,
     "patience": rounds}, "higher_is_better": False for a loss; stop when the mean over
     silos no longer gets better.
     """
