@@ -23,6 +23,7 @@ exclude_patterns = [".venv", "build", "runs", "**/.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 
 html_theme = "furo"
+html_favicon = "pics/icon.svg"
 html_copy_source = html_show_sphinx = html_show_copyright = False
 html_math_renderer = "mathml"  # browsers know it; MathJax would come from another host
 
