@@ -276,7 +276,7 @@ def lab(tmp_path_factory):
             text = (folder / "log").read_text()
             assert server.poll() is None and time.monotonic() < end, text[-3000:]
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}", notebooks
+        yield f"http://127.0.0.1:{port}/lab/workspaces/{{}}/tree/{{}}?token={token}", notebooks
     finally:
         server.terminate()  # it ends its kernels, too
         try:
@@ -296,7 +296,7 @@ OVER = """() => {
 @pytest.mark.parametrize("path", IN_LAB, **by_name)
 def test_a_notebook_runs_in_jupyterlab(page, lab, path):
     url, folder = lab
-    page.goto(url.format(path.name))
+    page.goto(url.format(path.stem, path.name))
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     kernel = page.locator(".jp-NotebookPanel:visible .jp-Toolbar-kernelName")
     playwright.expect(kernel).to_have_text("Python 3 (ipykernel)")
