@@ -445,12 +445,13 @@ tr.mean td { font-weight: 600; border-top: 1.5px solid var(--ink); }
 .tag { color: #9a3412; font-size: 12px; font-weight: 600; }
 code, pre { font: 12.5px/1.5 ui-monospace, "Liberation Mono", Consolas, monospace; }
 .hash { font-size: 11px; word-break: break-all; }
-pre { background: #f4f6f8; padding: 12px 14px; border-radius: 6px; white-space: pre-wrap;
- overflow-wrap: anywhere; }
+pre { background: #f4f6f8; padding: 12px 14px; border-radius: 6px; 
+ white-space: pre-wrap; overflow-wrap: anywhere; }
 svg, figure img { max-width: 100%; height: auto; display: block; }
 figure { margin: 14px 0; break-inside: avoid; }
 figcaption { color: var(--quiet); font-size: 13px; }
-svg text { font: 12px system-ui, "Liberation Sans", Arial, sans-serif; fill: var(--ink); }
+svg text { font: 12px system-ui, "Liberation Sans", Arial, sans-serif;
+ fill: var(--ink); }
 dl { display: grid; grid-template-columns: 190px 1fr; margin: 8px 0; }
 dt, dd { padding: 7px 10px 7px 0; margin: 0; border-bottom: 1px solid var(--line);
  overflow-wrap: anywhere; white-space: pre-line; }
@@ -506,13 +507,14 @@ dt { font-weight: 600; }
 {% if results and results.worst is not none %}
 <div class="tile"><b>{{ results.mean | number }}</b>
 <span>mean {{ metric }} of hospitals</span></div>
-<div class="tile"><b>{{ results.low | number }}</b><span>worst: {{ results.worst }}</span>
-</div>
+<div class="tile"><b>{{ results.low | number }}</b>
+<span>worst: {{ results.worst }}</span></div>
 {% endif %}
 <div class="tile"><b>{{ traffic.both | size }}</b><span>sent, both ways</span></div>
 <div class="tile"><b>{{ faults | length }}</b><span>updates missing</span></div>
-<div class="tile"><b>{% if privacy %}ε ≤ {{ "%.3g" % (privacy | map(attribute="epsilon") |
- max) }}{% else %}none{% endif %}</b><span>differential privacy</span></div>
+<div class="tile"><b>{% if privacy %}
+ε ≤ {{ "%.3g" % (privacy | map(attribute="epsilon") | max) }}{% else %}none{% endif %}
+</b><span>differential privacy</span></div>
 </div>
 
 <h2>1 Federation</h2>
@@ -527,7 +529,8 @@ dt { font-weight: 600; }
 
 <h2>2 Results per hospital</h2>
 {% if results %}
-<p class="quiet">Each hospital's own test set, model after round {{ results.round }}.</p>
+<p class="quiet">Each hospital's own test set,
+ model after round {{ results.round }}.</p>
 <div class="wide"><table>
 <thead><tr><th>Hospital</th>{% for key in results.columns %}<th class="n">{{ key }}</th>
 {% endfor %}</tr></thead>
@@ -552,8 +555,10 @@ dt { font-weight: 600; }
 
 <h2>3 What was sent</h2>
 <table><tbody>
-<tr><td>To the hospitals (global model)</td><td class="n">{{ traffic.down | size }}</td></tr>
-<tr><td>From the hospitals (updates used)</td><td class="n">{{ traffic.up | size }}</td></tr>
+<tr><td>To the hospitals (global model)</td>
+<td class="n">{{ traffic.down | size }}</td></tr>
+<tr><td>From the hospitals (updates used)</td>
+<td class="n">{{ traffic.up | size }}</td></tr>
 <tr><td>Time of all rounds</td><td class="n">
 {% if traffic.seconds is none %}not recorded
 {% else %}{{ "{:,.1f}".format(traffic.seconds) }} s{% endif %}</td></tr>
@@ -566,12 +571,13 @@ dt { font-weight: 600; }
 <th class="n">Items</th><th class="n">Size</th><th class="n">Refused</th>
 <th class="n">Kinds</th></tr></thead>
 <tbody>{% for silo, direction, row in ledger.sums %}
-<tr><td>{{ silo }}</td><td>{{ direction }}</td><td class="n">{{ row.rounds | length }}</td>
+<tr><td>{{ silo }}</td><td>{{ direction }}</td>
+<td class="n">{{ row.rounds | length }}</td>
 <td class="n">{{ row["items"] | number }}</td><td class="n">{{ row.bytes | size }}</td>
 <td class="n">{{ row.refused }}</td><td class="n">{{ row.what | length }}</td></tr>
 {% endfor %}</tbody></table></div>
 <p class="quiet">{{ "{:,}".format(ledger.lines) }} lines were read. "out" was written by
-the sender, "in" by the receiver. Every single item is in section 8.</p>
+the sender, "in" by the receiver. Section 8 has the items of the last round.</p>
 {% else %}
 <p>{{ lack("no ledger given") }} This report cannot say what left a hospital.</p>
 {% endif %}
@@ -582,7 +588,8 @@ the sender, "in" by the receiver. Every single item is in section 8.</p>
 <thead><tr><th>Hospital</th><th>Mechanism</th><th class="n">Rounds</th>
 <th class="n">ε spent</th><th class="n">δ</th><th class="n">ε left</th></tr></thead>
 <tbody>{% for row in privacy %}
-<tr><td>{{ row.silo }}</td><td>{{ row.mechanism }}</td><td class="n">{{ row.rounds }}</td>
+<tr><td>{{ row.silo }}</td><td>{{ row.mechanism }}</td>
+<td class="n">{{ row.rounds }}</td>
 <td class="n">{{ row.epsilon | number }}</td><td class="n">{% if row.delta is none %}
 {{ lack() }}{% else %}{{ "%.2g" % row.delta }}{% endif %}</td>
 <td class="n">{{ row.remaining | number }}</td></tr>
@@ -602,7 +609,7 @@ round went on without it.</p>
 <tr><td class="n">{{ number }}</td><td>{{ silo }}</td><td>{{ reason }}</td></tr>
 {% endfor %}</tbody></table></div>
 {% else %}
-<p>None: every update that was asked for came and was used.</p>
+<p>None was recorded: every update that was asked for was used.</p>
 {% endif %}
 {% if ledger.refused %}
 <h3>Refused at a boundary, by the ledger</h3>
@@ -623,8 +630,8 @@ round went on without it.</p>
 {% endfor %}
 <dt>Results per hospital</dt><dd>
 {%- if results and results.worst is not none -%}
-Section 2. Mean {{ metric }} {{ results.mean | number }}; worst {{ results.low | number }}
- ({{ results.worst }}).
+Section 2. Mean {{ metric }} {{ results.mean | number }};
+ worst {{ results.low | number }} ({{ results.worst }}).
 {%- else -%}{{ lack("not measured") }}{% endif %}</dd>
 </dl>
 
