@@ -34,7 +34,7 @@ CARD = (
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B07D00", "#666666")
 DASHES = ("none", "6 3", "2 3")
 PACKAGES = ("torch", "numpy", "safetensors", "opacus", "nvflare", "azure-ai-ml")
-MANY = 60  # lines of a ledger that are shown one by one
+MANY = 40  # items per hospital, or refusals, that are shown one by one
 
 
 def write_report(
@@ -154,9 +154,10 @@ def describe_environment(folder: str | Path = ".") -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     commit = _git(folder, "rev-parse", "HEAD")
+    found["Commit"] = commit or "not in a repository"
     if commit:
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-        found["Commit"] = commit + (" with changes not committed" if changed else "")
+        found["Commit"] += " with changes that are not committed" if changed else ""
     return found
 
 
@@ -289,10 +290,10 @@ def _chart(
     points = [point for curve in curves.values() for point in curve]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
-    if 0 <= low and high <= 1 and metric != "train_loss":
-        low, high = 0.0, 1.0
-    else:
-        low, high = min(0.0, low), high or 1.0
+    share = 0 <= low and high <= 1 and metric != "train_loss"
+    step = 0.25 if share else _step(high - min(0.0, low))
+    low = step * math.floor(min(0.0, low) / step)
+    high = 1.0 if share else step * max(1, math.ceil(high / step))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - first) / (last - first) if last > first else 0.5
@@ -313,8 +314,9 @@ def _chart(
                 "y": 26 + 18 * i,
             }
         )
-    steps = [low + (high - low) * k / 4 for k in range(5)]
-    at = sorted({round(first + (last - first) * k / 4) for k in range(5)})
+    steps = [low + step * k for k in range(round((high - low) / step) + 1)]
+    apart = max(1, math.ceil(_step(2 * (last - first)) / 2))
+    at = [x for x in range(first, last + 1) if (x - first) % apart == 0]
     return {
         "label": metric.replace("_", " "),
         "lines": lines,
@@ -322,6 +324,14 @@ def _chart(
         "y": [(place(first, y)[1], f"{y:.3g}") for y in steps],
         "x": [(place(x, low)[0], x) for x in at],
     }
+
+
+def _step(span: float) -> float:
+    """1, 2 or 5 times a power of ten, so that there are three to seven steps."""
+    if span <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(span))
+    return next(s for s in (0.2, 0.5, 1.0, 2.0) if 5 * s * power >= span) * power
 
 
 def _traffic(rounds: Sequence[Record]) -> dict[str, Any]:
@@ -372,12 +382,14 @@ def _crossed(entries: Sequence[Record]) -> dict[str, Any]:
         row["rounds"].add(entry["round"])
     out = [e for e in entries if e["direction"] == "out" and e["verdict"] != "refused"]
     newest = {e["silo"]: e["round"] for e in out}
-    items = [e for e in out if e["round"] == newest[e["silo"]]]
+    last: dict[str, list[Record]] = {silo: [] for silo in sorted(newest)}
+    for entry in out:
+        if entry["round"] == newest[entry["silo"]]:
+            last[entry["silo"]].append(entry)
     refused = [e for e in entries if e["verdict"] == "refused"]
     return {
         "sums": [(*key, sums[key]) for key in sorted(sums)],
-        "items": sorted(items[:MANY], key=lambda e: e["silo"]),
-        "more": max(0, len(items) - MANY),
+        "last": [(k, newest[k], v[:MANY], len(v) - MANY) for k, v in last.items()],
         "refused": refused[:MANY],
         "more_refused": max(0, len(refused) - MANY),
         "lines": len(entries),
@@ -425,8 +437,8 @@ p { margin: 6px 0; }
 .kind { color: var(--mark); font-weight: 600; letter-spacing: .08em;
  text-transform: uppercase; font-size: 12px; }
 .quiet { color: var(--quiet); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr));
- gap: 12px; margin-top: 22px; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px;
+ margin-top: 22px; }
 .tile { border: 1px solid var(--line); border-radius: 6px; padding: 10px 14px; }
 .tile b { display: block; font-size: 22px; line-height: 1.3; overflow-wrap: anywhere; }
 .tile span { color: var(--quiet); font-size: 13px; }
@@ -437,14 +449,17 @@ th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--lin
 th { font-weight: 600; border-bottom: 1.5px solid var(--ink); overflow-wrap: normal; }
 tbody th { border-bottom: 1px solid var(--line); }
 tr { break-inside: avoid; }
+td:first-child { min-width: 110px; }
+.dense td { padding-top: 2px; padding-bottom: 2px; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.n { white-space: normal; vertical-align: bottom; }
 tr.worst td { background: #fdf3e7; }
 tr.mean td { font-weight: 600; border-top: 1.5px solid var(--ink); }
 .lack { color: #9a3412; background: #fdf3e7; padding: 1px 7px; border-radius: 4px;
  font-weight: 600; }
 .tag { color: #9a3412; font-size: 12px; font-weight: 600; }
 code, pre { font: 12.5px/1.5 ui-monospace, "Liberation Mono", Consolas, monospace; }
-.hash { font-size: 11px; word-break: break-all; }
+.hash { font-size: 10px; word-break: break-all; }
 pre { background: #f4f6f8; padding: 12px 14px; border-radius: 6px; 
  white-space: pre-wrap; overflow-wrap: anywhere; }
 svg, figure img { max-width: 100%; height: auto; display: block; }
@@ -461,7 +476,7 @@ dt { font-weight: 600; }
 .sign div { border-top: 1px solid var(--ink); padding-top: 4px; color: var(--quiet);
  font-size: 13px; }
 @media (max-width: 640px) { main { padding: 24px 16px; margin: 0; }
- dl, .sign { grid-template-columns: 1fr; } dt { border: 0; padding-bottom: 0; }
+ .tiles { grid-template-columns: 1fr 1fr; } dl, .sign { grid-template-columns: 1fr; } dt { border: 0; padding-bottom: 0; }
  .sign { row-gap: 48px; } }
 @page { margin: 18mm 16mm; }
 @media print { body { background: #fff; font-size: 10.5pt; }
@@ -539,7 +554,7 @@ dt { font-weight: 600; }
 {% if name == results.worst %}<span class="tag">worst</span>{% endif %}</td>
 {% for cell in cells %}<td class="n">{{ cell | number }}</td>{% endfor %}</tr>
 {% endfor %}
-<tr class="mean"><td>Mean, each hospital once</td>
+<tr class="mean"><td>Mean of hospitals</td>
 {% for cell in results.means %}<td class="n">{{ cell | number }}</td>{% endfor %}</tr>
 </tbody></table></div>
 {% else %}
@@ -659,18 +674,22 @@ Section 2. Mean {{ metric }} {{ results.mean | number }};
 <td><code class="hash">{{ sha256 }}</code></td></tr>
 {% endfor %}</tbody></table></div>
 {% else %}<p>Model and ledger files: {{ lack() }}</p>{% endif %}
-{% if ledger["items"] %}
+{% if ledger.last %}
 <h3>What left each hospital in its last round</h3>
-<div class="wide"><table>
-<thead><tr><th>Sender</th><th>Item</th><th>Shape</th><th class="n">Size</th>
-<th>SHA-256</th></tr></thead>
-<tbody>{% for e in ledger["items"] %}
-<tr><td>{{ e.silo }}</td><td>{{ e.what }}</td>
+<div class="wide"><table class="dense">
+<thead><tr><th>Item</th><th>Shape</th><th class="n">Size</th><th>SHA-256</th></tr></thead>
+<tbody>{% for silo, number, items, more in ledger.last %}
+<tr><th colspan="4">{{ silo }}{% if number is not none %}, round {{ number + 1 }}
+{% endif %}</th></tr>
+{% for e in items %}
+<tr><td>{{ e.what }}</td>
 <td>{{ e.shape | join(" × ") if e.shape else "number" }}</td>
 <td class="n">{{ e.bytes | size }}</td>
 <td><code class="hash">{{ e.sha256 or "–" }}</code></td></tr>
+{% endfor %}
+{% if more > 0 %}<tr><td colspan="4">{{ more }} more are in the ledger.</td></tr>
+{% endif %}
 {% endfor %}</tbody></table></div>
-{% if ledger.more %}<p>{{ ledger.more }} more are in the ledger.</p>{% endif %}
 {% endif %}
 
 <div class="sign"><div>Reviewed by, role</div><div>Signature</div><div>Date</div></div>
