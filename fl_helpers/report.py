@@ -34,6 +34,7 @@ CARD = (
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B07D00", "#666666")
 DASHES = ("none", "6 3", "2 3")
 PACKAGES = ("torch", "numpy", "safetensors", "opacus", "nvflare", "azure-ai-ml")
+WIDE = 6  # columns of a table of results
 MANY = 40  # items per hospital, or refusals, that are shown one by one
 
 
@@ -247,36 +248,41 @@ def _results(
     metric: str,
     references: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any] | None:
-    """The last test, per silo, with references, mean and worst; None without a test."""
+    """The last test, per silo, with references, mean and worst, in tables of WIDE
+    columns; None without a test."""
     tested = [record for record in rounds if record.get("test")]
     if not tested:
         return None
     last = tested[-1]
-    found = {metric: None} | {k: None for m in last["test"].values() for k in m}
     rows, names = last["test"], sorted(last["test"])
+    keys = list(dict.fromkeys([metric, *(key for name in names for key in rows[name])]))
     values = {
         name: rows[name][metric]
         for name in names
         if metric in rows[name] and math.isfinite(rows[name][metric])
     }
-    table = []
-    for name in names:
-        cells = [rows[name].get(key) for key in found]
-        table.append((name, cells + [references[r].get(name) for r in references]))
-    columns = [*(key.replace("_", " ") for key in found), *references]
+    columns = [(metric, [rows[name].get(metric) for name in names])]
+    columns += [(r, [known.get(n) for n in names]) for r, known in references.items()]
+    columns += [(key, [rows[name].get(key) for name in names]) for key in keys[1:]]
+    parts = [columns[i : i + WIDE] for i in range(0, len(columns), WIDE)]
     return {
         "round": last["round"] + 1,
-        "columns": columns,
-        "rows": table,
         "worst": min(values, key=values.__getitem__) if values else None,
         "low": min(values.values(), default=None),
         "mean": sum(values.values()) / len(values) if values else None,
-        "means": [_mean(cells) for cells in zip(*(c for _, c in table), strict=True)],
+        "tables": [
+            {
+                "columns": [name.replace("_", " ") for name, _ in part],
+                "rows": [(n, [v[i] for _, v in part]) for i, n in enumerate(names)],
+                "means": [_mean(cells) for _, cells in part],
+            }
+            for part in parts
+        ],
     }
 
 
 def _mean(cells: Sequence[float | None]) -> float | None:
-    """None unless all cells have a value: silos are compared as one group."""
+    """None unless every silo has a value: otherwise it would be of another group."""
     known = [value for value in cells if value is not None]
     return sum(known) / len(known) if len(known) == len(cells) else None
 
@@ -449,8 +455,9 @@ th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--lin
 th { font-weight: 600; border-bottom: 1.5px solid var(--ink); overflow-wrap: normal; }
 tbody th { border-bottom: 1px solid var(--line); }
 tr { break-inside: avoid; }
-td:first-child { min-width: 110px; }
-.dense td { padding-top: 2px; padding-bottom: 2px; }
+td:first-child { min-width: 150px; }
+.dense { font-size: 12px; }
+.dense td { padding: 2px 8px; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.n { white-space: normal; vertical-align: bottom; }
 tr.worst td { background: #fdf3e7; }
@@ -459,7 +466,7 @@ tr.mean td { font-weight: 600; border-top: 1.5px solid var(--ink); }
  font-weight: 600; }
 .tag { color: #9a3412; font-size: 12px; font-weight: 600; }
 code, pre { font: 12.5px/1.5 ui-monospace, "Liberation Mono", Consolas, monospace; }
-.hash { font-size: 10px; word-break: break-all; }
+.hash { font-size: 9px; word-break: break-all; }
 pre { background: #f4f6f8; padding: 12px 14px; border-radius: 6px; 
  white-space: pre-wrap; overflow-wrap: anywhere; }
 svg, figure img { max-width: 100%; height: auto; display: block; }
@@ -476,7 +483,8 @@ dt { font-weight: 600; }
 .sign div { border-top: 1px solid var(--ink); padding-top: 4px; color: var(--quiet);
  font-size: 13px; }
 @media (max-width: 640px) { main { padding: 24px 16px; margin: 0; }
- .tiles { grid-template-columns: 1fr 1fr; } dl, .sign { grid-template-columns: 1fr; } dt { border: 0; padding-bottom: 0; }
+ .tiles { grid-template-columns: 1fr 1fr; }
+ dl, .sign { grid-template-columns: 1fr; } dt { border: 0; padding-bottom: 0; }
  .sign { row-gap: 48px; } }
 @page { margin: 18mm 16mm; }
 @media print { body { background: #fff; font-size: 10.5pt; }
@@ -546,17 +554,19 @@ dt { font-weight: 600; }
 {% if results %}
 <p class="quiet">Each hospital's own test set,
  model after round {{ results.round }}.</p>
+{% for part in results.tables %}
 <div class="wide"><table>
-<thead><tr><th>Hospital</th>{% for key in results.columns %}<th class="n">{{ key }}</th>
+<thead><tr><th>Hospital</th>{% for key in part.columns %}<th class="n">{{ key }}</th>
 {% endfor %}</tr></thead>
-<tbody>{% for name, cells in results.rows %}
+<tbody>{% for name, cells in part.rows %}
 <tr{% if name == results.worst %} class="worst"{% endif %}><td>{{ name }}
 {% if name == results.worst %}<span class="tag">worst</span>{% endif %}</td>
 {% for cell in cells %}<td class="n">{{ cell | number }}</td>{% endfor %}</tr>
 {% endfor %}
 <tr class="mean"><td>Mean of hospitals</td>
-{% for cell in results.means %}<td class="n">{{ cell | number }}</td>{% endfor %}</tr>
+{% for cell in part.means %}<td class="n">{{ cell | number }}</td>{% endfor %}</tr>
 </tbody></table></div>
+{% endfor %}
 {% else %}
 <p>{{ lack("not measured") }} No round of this run has a test.</p>
 {% endif %}
@@ -677,7 +687,8 @@ Section 2. Mean {{ metric }} {{ results.mean | number }};
 {% if ledger.last %}
 <h3>What left each hospital in its last round</h3>
 <div class="wide"><table class="dense">
-<thead><tr><th>Item</th><th>Shape</th><th class="n">Size</th><th>SHA-256</th></tr></thead>
+<thead><tr><th>Item</th><th>Shape</th><th class="n">Size</th>
+<th>SHA-256</th></tr></thead>
 <tbody>{% for silo, number, items, more in ledger.last %}
 <tr><th colspan="4">{{ silo }}{% if number is not none %}, round {{ number + 1 }}
 {% endif %}</th></tr>
