@@ -24,6 +24,8 @@ import nbformat
 import pytest
 from test_notebooks import NOTEBOOKS, ROOT, SMOKE
 
+from fl_helpers.report import write_report
+
 pytest.importorskip("sphinx", reason="pip install -r requirements-dev.txt")
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="pip install -r requirements-dev.txt"
@@ -36,6 +38,7 @@ BROWSER = os.environ.get("BROWSER_PATH") or next(
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--disable-dev-shm-usage"]
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 EVERY = os.environ.get("BROWSER_NOTEBOOKS") == "all"
 IN_LAB = [path for path in NOTEBOOKS if EVERY or path.stem[:2] in ("01", "03")]
 by_name = dict(ids=lambda path: path.stem)
@@ -190,7 +193,7 @@ def test_no_link_of_the_site_is_broken_and_nothing_is_loaded_from_elsewhere(site
             assert urlsplit(link).scheme in ("", "data"), f"{path.name} loads {link}"
         for link in page.links + page.loads:
             parts = urlsplit(link)
-            if parts.scheme or (parts.path.startswith("#") and not parts.path):
+            if parts.scheme:
                 continue
             target = (
                 (path.parent / unquote(parts.path)).resolve() if parts.path else path
@@ -200,6 +203,28 @@ def test_no_link_of_the_site_is_broken_and_nothing_is_loaded_from_elsewhere(site
                 assert unquote(parts.fragment) in pages[target].anchors, (
                     f"{path.name} leads to {link}"
                 )
+
+
+def test_a_report_is_readable_and_runs_nothing(page, tmp_path):
+    def record(index):
+        scores = {name: {"auroc": 0.5 + 0.1 * index} for name in ("A", EVIL)}
+        return {"round": index, "silos": [*scores], "train": {}, "test": scores}
+
+    path = write_report(
+        [record(0), record(1)], tmp_path / "r.html", title=EVIL, metric="auroc",
+        silos=[{"silo": EVIL, "train": 10}], files=[__file__],
+    )  # fmt: skip
+    page.on("dialog", lambda dialog: page.problems.append(dialog.message))
+    page.goto(path.as_uri())
+    assert page.locator("h1").inner_text() == EVIL
+    assert page.locator("svg polyline").count() == 2
+    assert page.locator("svg").bounding_box()["width"] > 500
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.set_viewport_size({"width": 680, "height": 900})  # A4 without its margins
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 680
+    assert page.problems == []
 
 
 def with_parameters(source, parameters):
@@ -276,7 +301,10 @@ def lab(tmp_path_factory):
             text = (folder / "log").read_text()
             assert server.poll() is None and time.monotonic() < end, text[-3000:]
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/workspaces/{{}}/tree/{{}}?token={token}", notebooks
+        yield (
+            f"http://127.0.0.1:{port}/lab/workspaces/{{}}/tree/{{}}?token={token}",
+            notebooks,
+        )
     finally:
         server.terminate()  # it ends its kernels, too
         try:
