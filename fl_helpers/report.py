@@ -290,14 +290,14 @@ def _mean(cells: Sequence[float | None]) -> float | None:
 def _chart(
     curves: Mapping[str, Sequence[tuple[int, float]]], metric: str
 ) -> dict[str, Any] | None:
-    """What the template draws as SVG, 640 x 260: lines, ticks, keys."""
+    """What the template draws as SVG, 700 x 260: lines, ticks, keys."""
     if not curves:
         return None
     points = [point for curve in curves.values() for point in curve]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     share = 0 <= low and high <= 1 and metric != "train_loss"
-    step = 0.25 if share else _step(high - min(0.0, low))
+    step = 0.25 if share else _step(max(0.0, high) - min(0.0, low))
     low = step * math.floor(min(0.0, low) / step)
     high = 1.0 if share else step * max(1, math.ceil(high / step))
 
@@ -323,6 +323,7 @@ def _chart(
     steps = [low + step * k for k in range(round((high - low) / step) + 1)]
     apart = max(1, math.ceil(_step(2 * (last - first)) / 2))
     at = [x for x in range(first, last + 1) if (x - first) % apart == 0]
+    at += [last] if last - at[-1] > apart / 2 else []
     return {
         "label": metric.replace("_", " "),
         "lines": lines,
@@ -497,7 +498,7 @@ dt { font-weight: 600; }
 {% macro lack(text="not stated") %}<span class="lack">{{ text }}</span>{% endmacro %}
 {% macro chart(c, title) %}
 <figure>
-<svg viewBox="0 0 640 {{ c.height }}" role="img" aria-label="{{ title }}">
+<svg viewBox="0 0 700 {{ c.height }}" role="img" aria-label="{{ title }}">
 {% for y, text in c.y %}
 <line x1="56" x2="476" y1="{{ y }}" y2="{{ y }}" stroke="#d5dce3"/>
 <text x="50" y="{{ y + 4 }}" text-anchor="end">{{ text }}</text>
@@ -538,6 +539,8 @@ dt { font-weight: 600; }
 <div class="tile"><b>{% if privacy %}
 ε ≤ {{ "%.3g" % (privacy | map(attribute="epsilon") | max) }}{% else %}none{% endif %}
 </b><span>differential privacy</span></div>
+<div class="tile"><b>{{ "{:,}".format(ledger.lines) if ledger.lines else "none" }}</b>
+<span>lines of egress ledgers</span></div>
 </div>
 
 <h2>1 Federation</h2>
