@@ -4,7 +4,7 @@ BIN := .venv/bin
 NB ?=
 ARGS ?=
 
-.PHONY: run lab test quick notebooks bench setup setup-dev format clean
+.PHONY: run lab test quick test-browser notebooks docs bench setup setup-dev format clean
 
 run: setup  ## execute the notebooks into runs/ and print the results
 	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
@@ -18,12 +18,19 @@ test: setup-dev  ## every check: format, lint, tests, notebooks with small param
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
-quick: setup-dev  ## the same, without notebooks and without real servers
-	$(MAKE) test ARGS="-m 'not notebooks and not engines' $(ARGS)"
+quick: setup-dev  ## the same, without notebooks, real servers and browser
+	$(MAKE) test ARGS="-m 'not notebooks and not engines and not browser' $(ARGS)"
+
+test-browser: setup-dev  ## site, report and JupyterLab with every notebook, in Chromium
+	BROWSER_NOTEBOOKS=all $(BIN)/python -m pytest -m browser --durations=10 $(ARGS)
 
 notebooks: setup-dev  ## rewrite the committed outputs of the notebooks
 	$(BIN)/python tools/notebooks.py refresh $(if $(NB),--only $(NB)) $(ARGS)
 	$(BIN)/python docs/pics/federation.py
+
+docs: setup-dev  ## README, guides and notebooks as one site: build/site/index.html
+	rm -rf build/site
+	$(BIN)/python -m sphinx -E -W --keep-going -n -q -c docs . build/site
 
 bench: setup-dev  ## speed against a reference in the same run
 	$(BIN)/python tests/benchmarks/run.py

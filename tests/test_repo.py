@@ -35,6 +35,7 @@ ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy a
     "plots.py": {"matplotlib"},
     "privacy.py": {"opacus"},
     "record.py": {"nbformat", "IPython"},
+    "report.py": {"jinja2"},
     "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
 }
