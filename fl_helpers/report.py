@@ -457,6 +457,7 @@ th { font-weight: 600; border-bottom: 1.5px solid var(--ink); overflow-wrap: nor
 tbody th { border-bottom: 1px solid var(--line); }
 tr { break-inside: avoid; }
 td:first-child { min-width: 150px; }
+.mid { min-width: 90px; }
 .dense { font-size: 12px; }
 .dense td { padding: 2px 8px; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -642,7 +643,8 @@ round went on without it.</p>
 {% if ledger.refused %}
 <h3>Refused at a boundary, by the ledger</h3>
 <div class="wide"><table>
-<thead><tr><th>Sender</th><th>Direction</th><th>What</th><th>Reason</th></tr></thead>
+<thead><tr><th>Sender</th><th>Direction</th><th class="mid">What</th><th>Reason</th>
+</tr></thead>
 <tbody>{% for e in ledger.refused %}
 <tr><td>{{ e.silo }}</td><td>{{ e.direction }}</td><td>{{ e.what }}</td>
 <td>{{ e.reason }}</td></tr>
