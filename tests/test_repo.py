@@ -22,7 +22,7 @@ EXAMPLE = ROOT / "fl_helpers" / "hospital.py"  # to adapt: it puts the helpers t
 HELPERS = sorted({*(ROOT / "fl_helpers").glob("[a-z]*.py")} - {EXAMPLE})
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 DOCUMENTS = [
-    ROOT / "README.md",
+    *ROOT.glob("*.md"),
     ROOT / "data/README.md",
     *(ROOT / "docs").rglob("*.md"),
 ]
