@@ -40,6 +40,7 @@ def run_cost(
     start_minutes: float = 0.0,
     overhead_minutes: float = 0.0,
     end_minutes: float = 0.0,
+    price_per_hour: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
     """Bytes and hours of a run in which every silo takes part in every round.
 
@@ -49,8 +50,11 @@ def run_cost(
     start_minutes: before the first round; overhead_minutes: per round, beside training
     and transfer (queues, containers, aggregation); end_minutes: after the last round.
 
+    price_per_hour: of a machine, lowest and highest, in any currency.
+
     Returns gigabytes (10^9 bytes, both directions, all silos), hours, transfer_hours
-    (part of hours) and machine_hours (silos and orchestrator, waiting included).
+    (part of hours), machine_hours (silos and orchestrator, waiting included), and the
+    price of these, cost_from and cost_to.
     Not in it: retries, encryption's few percent, people's time.
     """
     counts = {"model_bytes": model_bytes, "silos": silos, "rounds": rounds}
@@ -62,15 +66,23 @@ def run_cost(
     for name, value in minutes.items():
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
+    if not 0 <= price_per_hour[0] <= price_per_hour[1]:
+        raise ValueError(
+            f"price_per_hour must be (lowest, highest), >= 0, got {price_per_hour}"
+        )
     if not mbit_per_s > 0:
         raise ValueError(f"mbit_per_s must be > 0, got {mbit_per_s}")
     sent = 2 * model_bytes * silos  # bytes per round, down and up
     transfer = 8 * sent / (mbit_per_s * 1e6) / 60  # minutes per round
     per_round = training_minutes + overhead_minutes + transfer
     total = start_minutes + rounds * per_round + end_minutes
+    machine_hours = (silos + 1) * total / 60
+    low, high = price_per_hour
     return {
         "gigabytes": sent * rounds / 1e9,
         "hours": total / 60,
         "transfer_hours": rounds * transfer / 60,
-        "machine_hours": (silos + 1) * total / 60,
+        "machine_hours": machine_hours,
+        "cost_from": low * machine_hours,
+        "cost_to": high * machine_hours,
     }

@@ -17,7 +17,8 @@ PLAN = dict(silos=4, rounds=10, training_minutes=5, mbit_per_s=100)
 
 def test_cost_by_hand():
     # a round sends 2 * 4 * 75 MB = 600 MB = 4,800 Mbit: 48 s at 100 Mbit/s
-    cost = run_cost(75_000_000, **PLAN, start_minutes=2, end_minutes=4)
+    plan = PLAN | dict(start_minutes=2, end_minutes=4, price_per_hour=(0.5, 3))
+    cost = run_cost(75_000_000, **plan)
     minutes = 2 + 10 * (5 + 0.8) + 4
     assert cost == pytest.approx(
         {
@@ -25,6 +26,8 @@ def test_cost_by_hand():
             "hours": minutes / 60,
             "transfer_hours": 8 / 60,
             "machine_hours": 5 * minutes / 60,
+            "cost_from": 0.5 * 5 * minutes / 60,
+            "cost_to": 3 * 5 * minutes / 60,
         }
     )
 
@@ -80,6 +83,7 @@ def test_overhead_of_own_machines_is_what_was_measured():
         (dict(silos=0), "silos must be >= 1, got 0"),
         (dict(rounds=-1), "rounds must be >= 1, got -1"),
         (dict(mbit_per_s=0), "mbit_per_s must be > 0"),
+        (dict(price_per_hour=(3, 1)), "lowest, highest"),
         (dict(training_minutes=-1), "training_minutes must be >= 0"),
         (dict(end_minutes=float("nan")), "end_minutes must be >= 0, got nan"),
     ],
