@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,7 @@ def log_run(
         )
     folder, uri, where = Path(store).absolute(), str(store), None
     if not remote:
-        if "?" in str(folder):
-            raise ValueError(
-                f"store must have no '?', got {folder}; name another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        uri, where = f"sqlite:///{folder.as_posix()}/mlflow.db", folder / "files"
+        uri, where = f"sqlite:///{_database(folder).as_posix()}", folder / "files"
     client = _client(uri)
     group = client.get_experiment_by_name(experiment)
     if group is None:
@@ -102,6 +98,24 @@ def _checked(files: Iterable[str | Path]) -> list[Path]:
                 "it is loaded: write the model with `exchange.write_model`"
             )
     return paths
+
+
+def _database(folder: Path) -> Path:
+    """The folder's database, tried first: MLflow would try again for an hour."""
+    if set("?%") & set(str(folder)):  # an address would read them as its own
+        raise ValueError(
+            f"store must have no ? or %, got {folder}; name another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+            database.execute("SELECT name FROM sqlite_master").fetchall()
+    except sqlite3.Error as error:
+        raise ValueError(
+            f"{folder / 'mlflow.db'} is no database that can be opened ({error}); name "
+            "another folder"
+        ) from error
+    return folder / "mlflow.db"
 
 
 def _client(uri: str) -> Any:

@@ -38,7 +38,7 @@ ROUNDS = [
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """One for all tests: to make the tables takes a second or two."""
-    return tmp_path_factory.mktemp("tracking") / "a b#c%20ü" / "store"
+    return tmp_path_factory.mktemp("tracking") / "a b#cü" / "store"
 
 
 def client_of(store):
@@ -166,8 +166,13 @@ def test_an_address_is_refused_unless_asked_for(uri, monkeypatch):
 def test_bad_input_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="at least one record"):
         log_run([], tmp_path, title="T")
-    with pytest.raises(ValueError, match="another folder"):
-        log_run(ROUNDS, tmp_path / "what?", title="T")
+    for name in ("what?", "a%20b"):
+        with pytest.raises(ValueError, match="another folder"):
+            log_run(ROUNDS, tmp_path / name, title="T")
+    (tmp_path / "mlflow.db").write_text("not a database " * 99)
+    with pytest.raises(ValueError, match="mlflow.db is no database"):
+        log_run(ROUNDS, tmp_path, title="T")
+    (tmp_path / "mlflow.db").unlink()
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(
         ImportError, match='pip install "mlflow-skinny>=3,<4" SQLAlchemy'
