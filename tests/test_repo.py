@@ -38,6 +38,7 @@ ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy a
     "report.py": {"jinja2"},
     "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
+    "tracking.py": {"mlflow"},
 }
 
 
