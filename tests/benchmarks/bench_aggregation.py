@@ -46,7 +46,7 @@ def main():
     rows, runs = [], []
     if sys.platform == "linux":
         states = resnet_states()
-        extra = extra_memory(partial(average, states))
+        extra, _ = extra_memory(partial(average, states))
         model = sum(value.nbytes for value in states[0].values())
         case = "average of 100 updates, extra memory"
         rows.append(row(case, extra / model, unit="models"))

@@ -5,6 +5,7 @@ that a busy machine slows both sides.
 """
 
 import csv
+import ctypes
 import gc
 import json
 import os
@@ -48,13 +49,14 @@ BOUNDS = {
 }
 
 
-def compare(reference, candidate, *, pairs=7):
+def compare(reference, candidate, *, pairs=7, warm_up=True):
     """Medians over pairs of runs: seconds of both, and the ratio with its noise.
 
     One untimed run of each comes first; the order within a pair alternates, and
     garbage is collected between runs, not in them.
     """
-    reference(), candidate()
+    if warm_up:
+        reference(), candidate()
     runs = []
     for pair in range(pairs):
         order = [("reference", reference), ("candidate", candidate)]
@@ -184,12 +186,13 @@ def memory(key):
 
 
 def extra_memory(function):
-    """Bytes that a call needs at its peak, beside what is in use before it; Linux."""
+    """Bytes that a call needs at its peak, and what it returns; Linux."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free here must not hide a need
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = memory("VmRSS")
-    function()
-    return memory("VmHWM") - before
+    result = function()
+    return memory("VmHWM") - before, result
 
 
 def free_memory():
