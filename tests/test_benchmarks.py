@@ -49,7 +49,15 @@ def test_compare_pairs_the_runs_and_alternates_their_order():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.234, "1.23"), ("12.34", "12.3"), (123.4, "123"), (4321.0, "4,321"), ("", "-")],
+    [
+        (1.234, "1.23"),
+        ("12.34", "12.3"),
+        (123.4, "123"),
+        (4321.0, "4,321"),
+        (0.0312, "0.0312"),
+        (0, "0"),
+        ("", "-"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert common.shown(value) == text
