@@ -50,7 +50,7 @@ BOUNDS = {
 }
 
 
-def compare(reference, candidate, *, pairs=7, warm_up=True):
+def compare(reference, candidate, *, pairs=5, warm_up=True):
     """Medians over pairs of runs: seconds of both, and the ratio with its noise.
 
     One untimed run of each comes first; the order within a pair alternates, and
@@ -153,12 +153,12 @@ def read_results(path=RESULTS):
 
 def tables(rows):
     """The rows as the Markdown tables of docs/benchmarks.md."""
+    columns = "case", "value", "unit", "noise", "pairs", "goal", "bound"
+    columns += "reference, s", "ours, s"
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
     text = ""
     for title in dict.fromkeys(row["table"] for row in rows):
-        text += (
-            f"\n### {title}\n\n| case | value | unit | noise | pairs | goal | bound "
-        )
-        text += "| reference, s | ours, s |\n|---|---|---|---|---|---|---|---|---|\n"
+        text += f"\n### {title}\n\n{head}"
         for row in (row for row in rows if row["table"] == title):
             value, noise, reference, ours = (
                 shown(row[key]) for key in ("value", "noise", "reference_s", "ours_s")

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -66,9 +67,10 @@ def main():
         env["BENCH_ROWS"] = str(Path(folder, "rows"))
         for script in scripts:
             own = ["--full"] if FULL and script.name.startswith("bench_") else []
-            command = [sys.executable, script, *own]
+            command, began = [sys.executable, script, *own], time.monotonic()
             if subprocess.run(command, env=env).returncode:
                 missed.append(script.name)
+            print(f"{script.name}: {time.monotonic() - began:.0f} s\n", flush=True)
         lines = Path(env["BENCH_ROWS"]).read_text().splitlines()
     if FULL:
         write([json.loads(line) for line in lines], where)
