@@ -42,11 +42,11 @@ BOUNDS = {
     "update to memory and back": (2.0, 3.0),
     "start-up: torch and core files, CPU": (1.1, 1.1),
     "start-up: core files beyond torch": (0.2, 0.2),
-    "coordinate_median, 8 updates": (None, 30),
-    "trimmed_mean, 8 updates": (None, 30),
-    "krum, 8 updates": (None, 15),
-    "geometric_median, 8 updates": (None, 75),
-    "NormClipping, 8 updates": (None, 20),
+    "coordinate_median, 8 updates": (None, 35),
+    "trimmed_mean, 8 updates": (None, 35),
+    "krum, 8 updates": (None, 12),
+    "geometric_median, 8 updates": (None, 90),
+    "NormClipping, 8 updates": (None, 18),
 }
 
 
