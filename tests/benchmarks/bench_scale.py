@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import torch
-from common import FULL, RESULTS, memory, read_results, report, row
+from common import FULL, RESULTS, extra_memory, read_results, report, row
 from torch import nn
 
 from fl_helpers.aggregation import weighted_average
@@ -30,7 +30,8 @@ POINTS = {  # (silos, parameters)
 
 
 def run(num_silos, num_parameters):
-    """Seconds of each round after the first, and bytes: peak, and before the run."""
+    """Seconds of each round after the first, and bytes that the run needs beside model
+    and data."""
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
     width = num_parameters // (INPUTS + 3)  # weights in, biases, weights out
@@ -47,10 +48,13 @@ def run(num_silos, num_parameters):
         return train_locally(model, silo, **options)
 
     how = dict(rounds=ROUNDS, seed=0, progress=False, workers=1)
-    before, start = memory("VmRSS"), model.state_dict()
-    history = run_rounds(start, silos, client_update, weighted_average, **how)
+    work = model.state_dict(), silos, client_update, weighted_average
+    client_update(
+        work[0], silos[0], round_index=0, rng=rng
+    )  # torch loads what it needs
+    extra, history = extra_memory(lambda: run_rounds(*work, **how))
     seconds = [record["seconds"] for record in history.rounds[1:]]
-    return dict(seconds=seconds, peak=memory("VmHWM"), before=before)
+    return dict(seconds=seconds, extra=extra)
 
 
 def measure(points):
@@ -60,7 +64,7 @@ def measure(points):
         found = json.loads(subprocess.check_output(command))
         label = f"{silos:,} silos x {parameters:,} parameters"
         rows.append(row(f"{label}, a round", found["seconds"], unit="s"))
-        extra = (found["peak"] - found["before"]) / 1e6
+        extra = found["extra"] / 1e6
         rows.append(row(f"{label}, memory of the run", extra, unit="MB"))
     return rows
 
