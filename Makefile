@@ -4,7 +4,7 @@ BIN := .venv/bin
 NB ?=
 ARGS ?=
 
-.PHONY: run lab test quick test-browser notebooks docs bench setup setup-dev format clean
+.PHONY: run lab test quick test-browser notebooks docs bench bench-full setup setup-dev format clean
 
 run: setup  ## execute the notebooks into runs/ and print the results
 	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
@@ -32,8 +32,11 @@ docs: setup-dev  ## README, guides and notebooks as one site: build/site/index.h
 	rm -rf build/site
 	$(BIN)/python -m sphinx -E -W --keep-going -n -q -c docs . build/site
 
-bench: setup-dev  ## speed against a reference in the same run
+bench: setup-dev  ## speed against a reference in the same run; fails above its bounds
 	$(BIN)/python tests/benchmarks/run.py
+
+bench-full: setup-dev  ## the same, longer, and rewrite docs/benchmarks.md from it
+	$(BIN)/python tests/benchmarks/run.py --full
 
 setup: .venv/.ready
 setup-dev: .venv/.ready-dev

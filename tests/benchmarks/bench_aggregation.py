@@ -1,27 +1,16 @@
 """weighted_average over 100 updates of a ResNet-18 against one add_ per tensor."""
 
-import resource
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from common import at_most, compare, report, timed
+from common import compare, extra_memory, report, row, summary
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import torchvision_model
 
 NUM_UPDATES, BUFFERS = 100, 3
-
-
-def current_rss():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak_rss():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def updates(states):
@@ -52,31 +41,22 @@ def resnet_states():
     return [torchvision_model("resnet18", 10).state_dict() for _ in range(BUFFERS)]
 
 
-def extra_memory(states):
-    """Peak memory of one aggregation, in models."""
-    # The memory that is in use now must be the highest so far, or a peak below it
-    # would not show: fill up to it.
-    filler = torch.ones(max(0, peak_rss() - current_rss()) + 2**20, dtype=torch.int8)
-    before = current_rss()
-    weighted_average(updates(states))
-    extra = peak_rss() - before
-    del filler
-    return extra / sum(value.nbytes for value in states[0].values())
-
-
 def main():
     torch.set_num_threads(1)
-    rows, repetitions = [], []
+    rows, runs = [], []
     if sys.platform == "linux":
-        extra = extra_memory(resnet_states())
-        rows.append(at_most("extra memory, in models", extra, 1.2, 0.05))
+        states = resnet_states()
+        extra, _ = extra_memory(partial(average, states))
+        model = sum(value.nbytes for value in states[0].values())
+        case = "average of 100 updates, extra memory"
+        rows.append(row(case, extra / model, unit="models"))
     for _ in range(3):  # where the tensors lie in memory changes the ratio by 0.2
         states = resnet_states()
         reference = partial(one_pass, states)
         ours = partial(average, states)
-        repetitions.append(compare(reference, ours, pairs=5))
-    times = sorted(repetitions, key=lambda times: times.cpu)[1]
-    rows.append(timed("time of 100 updates", times, 1.5, 0.2))
+        runs += compare(reference, ours, pairs=5).runs
+    times = summary(runs)
+    rows.append(row("average of 100 updates, CPU", times.cpu, times=times))
     return report("weighted_average / one add_ per tensor, 11.2 M parameters", rows)
 
 

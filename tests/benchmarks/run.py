@@ -1,20 +1,80 @@
-"""Run every benchmark here, each in a process of its own; exit code 1 if one misses."""
+"""Run every benchmark here, each in a process of its own.
 
+    python tests/benchmarks/run.py          # some minutes, writes nothing
+    python tests/benchmarks/run.py --full   # results, figures and docs/benchmarks.md
+
+Exit code 1 if a ratio is above its bound (common.BOUNDS) by more than its noise.
+"""
+
+import csv
+import json
 import os
+import platform
+import re
 import subprocess
 import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
+
+import bench_scale
+from common import FULL, RESULTS, free_memory, read_results, tables
+
+PAGE = RESULTS.parents[1] / "benchmarks.md"
+COLUMNS = "table case value unit noise pairs goal bound reference_s ours_s".split()
+
+
+def circumstances():
+    """Columns that are the same in all rows: when, where, with what."""
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    machine = f"{os.cpu_count()} cores, {model.group(1)}, " if model else ""
+    machine += f"{free_memory() / 1e9:.0f} GB free, {platform.system()}"
+    where = dict(date=datetime.now(timezone.utc).date().isoformat(), machine=machine)
+    where |= dict(load_before=f"{os.getloadavg()[0]:.1f}")
+    where |= dict(python=platform.python_version())
+    return where | {name: version(name) for name in ("torch", "numpy", "safetensors")}
+
+
+def write(rows, where):
+    """Results, figures, and the tables between the two marks of the page."""
+
+    def digits(value):
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS + list(where), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: digits(value) for key, value in row.items()} | where)
+    bench_scale.draw()
+    marks = r"(<!-- from benchmarks.csv -->\n).*(\n<!-- end -->)"
+    text = "\n".join(f"- {key}: {value}" for key, value in where.items())
+    text = f"\n{text}\n{tables(read_results())}"
+    page = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
+    PAGE.write_text(page)
 
 
 def main():
     # Threads that wait must sleep, not spin: otherwise other work on the machine
     # makes the timings many times longer.
     env = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    here = Path(__file__).parent
+    where, here = circumstances(), Path(__file__).parent
     scripts = [*sorted(here.glob("bench_*.py")), here / "strategies.py"]
-    codes = [subprocess.run([sys.executable, script], env=env) for script in scripts]
-    missed = [s.name for s, c in zip(scripts, codes, strict=True) if c.returncode]
-    print(f"goals missed in: {', '.join(missed)}" if missed else "all goals met")
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        env["BENCH_ROWS"] = str(Path(folder, "rows"))
+        for script in scripts:
+            own = ["--full"] if FULL and script.name.startswith("bench_") else []
+            command, began = [sys.executable, script, *own], time.monotonic()
+            if subprocess.run(command, env=env).returncode:
+                missed.append(script.name)
+            print(f"{script.name}: {time.monotonic() - began:.0f} s\n", flush=True)
+        lines = Path(env["BENCH_ROWS"]).read_text().splitlines()
+    if FULL:
+        write([json.loads(line) for line in lines], where)
+    print(f"bounds missed in: {', '.join(missed)}" if missed else "all bounds kept")
     return int(bool(missed))
 
 

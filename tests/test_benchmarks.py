@@ -1,0 +1,82 @@
+"""The benchmarks' guard, and that docs/benchmarks.md says what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+
+import common  # noqa: E402
+
+CASE, (GOAL, BOUND) = (
+    "update to disk and back",
+    common.BOUNDS["update to disk and back"],
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "noise", "code"),
+    [
+        # quartiles of five are the second and the fourth: the noise is half their gap
+        ([BOUND + x for x in (-0.2, -0.1, 0.0, 0.1, 0.2)], 0.1, 0),
+        ([BOUND + x for x in (-0.1, 0.0, 0.05, 0.1, 0.2)], 0.05, 0),  # within noise
+        ([BOUND + x for x in (0.0, 0.1, 0.2, 0.3, 0.4)], 0.1, 1),  # a regression
+        ([BOUND / 2] * 4 + [99.0], 0.0, 0),  # one run that was disturbed
+        (BOUND + 0.01, None, 1),  # one value: no noise is known
+    ],
+)
+def test_guard_fails_above_the_bound_by_more_than_the_noise(values, noise, code):
+    found = common.row(CASE, values)
+    assert (found["goal"], found["bound"]) == (GOAL, BOUND)
+    assert found["noise"] == pytest.approx(noise)
+    assert common.report("guard", [found]) == code
+
+
+def test_what_has_no_bound_cannot_fail():
+    assert common.report("guard", [common.row("not in the table", 1e9)]) == 0
+
+
+def test_compare_pairs_the_runs_and_alternates_their_order():
+    calls = []
+    times = common.compare(
+        lambda: calls.append("r"), lambda: calls.append("c"), pairs=3
+    )
+    assert "".join(calls) == "rc" + "cr" + "rc" + "cr"  # one untimed run of each
+    assert len(times.wall) == len(times.cpu) == len(times.runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.234, "1.23"),
+        ("12.34", "12.3"),
+        (123.4, "123"),
+        (4321.0, "4,321"),
+        (0.0312, "0.0312"),
+        (0, "0"),
+        ("", "-"),
+    ],
+)
+def test_numbers_have_three_digits(value, text):
+    assert common.shown(value) == text
+
+
+def test_page_has_the_tables_of_the_results():
+    page, rows = (ROOT / "docs/benchmarks.md").read_text(), common.read_results()
+    assert common.tables(rows) in page
+    for key in ("date", "machine", "python", "torch", "numpy", "safetensors"):
+        (value,) = {row[key] for row in rows}
+        assert f"- {key}: {value}" in page
+
+
+def test_every_bound_was_measured_and_held():
+    rows = {row["case"]: row for row in common.read_results()}
+    for case, (goal, bound) in common.BOUNDS.items():
+        row = rows[case]
+        assert [row["goal"], row["bound"]] == [
+            "" if number is None else f"{number:.4g}" for number in (goal, bound)
+        ]
+        if bound is not None:
+            assert float(row["value"]) - float(row["noise"] or 0) <= bound, case
