@@ -6,7 +6,8 @@ minority only, and take from honest hospitals that differ from the others: measu
 Needs numpy and torch: copy this file on its own.
 
 Every silo has one vote: num_examples, which is its own claim, counts in `NormClipping`
-only. All updates are in memory; beside them there is the result, and a few megabytes.
+only. All updates are in memory; beside them there are one or two models, three to five
+for `geometric_median` and `NormClipping`.
 Floating entries, BatchNorm statistics too, go through the rule, half precision in
 float32: a variance stays within those of the silos. Integer and boolean entries
 (BatchNorm counters) take the maximum. Updates are ordered by silo name first, so that
