@@ -66,7 +66,7 @@ def invert_gradient(
 
     model: with the params that the silo started from, not modified. gradient: as from
     `sent_gradient`, of any scale. labels [N]: the batch's classes, assumed known; those
-    of one example can be read off, see `label_of`. shape: of one input, such as
+    of one example can be read off, see `labels_of_one`. shape: of one input, such as
     (1, 32, 32). Minimises 1 - cosine of the gradients + smoothness * total variation,
     by Adam on the gradient's sign. bounds: range of the inputs.
     Returns [N, *shape], in any order.
@@ -172,17 +172,17 @@ def audit_membership(
     (Yeom et al. 2018.)
 
     members: examples that it was trained on; strangers: of the same hospital, and not;
-    each x [N, ...], y [N]. Returns as `attack_success`. This is the simplest attack:
-    read a high value as a leak, not a low one as safety.
+    each x [N, ...], y [N]. Returns as `membership_success`. This is the simplest
+    attack: read a high value as a leak, not a low one as safety.
     """
     scores = [
         -example_losses(model, examples, loss_fn=loss_fn)
         for examples in (members, strangers)
     ]
-    return attack_success(*scores)
+    return membership_success(*scores)
 
 
-def attack_success(
+def membership_success(
     members: Tensor, strangers: Tensor, *, false_alarms: float = 0.01
 ) -> dict[str, float]:
     """How well scores tell members from strangers; higher means member.

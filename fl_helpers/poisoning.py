@@ -168,7 +168,7 @@ def implant_marker(
     return x, y
 
 
-def attack_success(
+def backdoor_success(
     model: nn.Module,
     examples: tuple[Tensor, Tensor],
     *,

@@ -134,10 +134,8 @@ def _client(uri: str) -> Any:
 
 @contextmanager
 def _run(client: Any, group: str, name: str, tags: dict[str, str]) -> Iterator[str]:
-    run, status = (
-        client.create_run(group, run_name=name, tags=tags).info.run_id,
-        "FAILED",
-    )
+    run = client.create_run(group, run_name=name, tags=tags).info.run_id
+    status = "FAILED"
     try:
         yield run
         status = "FINISHED"

@@ -13,7 +13,6 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fl_helpers.attacks import (
-    attack_success,
     audit_membership,
     closest,
     draw_mix,
@@ -23,6 +22,7 @@ from fl_helpers.attacks import (
     label_mix,
     labels_of_one,
     likelihood_ratio,
+    membership_success,
     psnr,
     sent_gradient,
     shadow_halves,
@@ -194,14 +194,16 @@ def test_membership_is_seen_in_a_model_that_overfits_and_not_in_a_fresh_one():
 def test_likelihood_ratio_beats_the_threshold_where_it_must_and_fails_where_it_must():
     model, shadows, taught, member, (x, y) = attacked()
     scores = likelihood_ratio(model, shadows, taught, (x, y))
-    ratio = attack_success(scores[member], scores[~member])
+    ratio = membership_success(scores[member], scores[~member])
     plain = audit_membership(model, (x[member], y[member]), (x[~member], y[~member]))
     assert ratio["auroc"] > plain["auroc"] + 0.02
     # A model that was trained on none of them: its scores know nothing of `member`.
     others = synthetic_cxr([100], seed=1)
     own = to_tensor(others.x).flatten(1), torch.from_numpy(others.y).long()
     scores = likelihood_ratio(overfit(*own, 9), shadows, taught, (x, y))
-    assert abs(attack_success(scores[member], scores[~member])["auroc"] - 0.5) < 0.164
+    assert (
+        abs(membership_success(scores[member], scores[~member])["auroc"] - 0.5) < 0.164
+    )
 
 
 def test_likelihood_ratio_is_the_ratio_of_two_normal_densities():
@@ -233,11 +235,11 @@ def test_likelihood_ratio_is_the_ratio_of_two_normal_densities():
         assert got[n].item() == pytest.approx(densities[0] - densities[1], rel=1e-4)
 
 
-def test_attack_success_equals_scikit_learn():
+def test_membership_success_equals_scikit_learn():
     draw = np.random.default_rng(0)
     members, strangers = draw.normal(0.7, 1, 150).round(1), draw.normal(0, 1, 200)
     strangers = strangers.round(1)  # ties
-    got = attack_success(torch.from_numpy(members), torch.from_numpy(strangers))
+    got = membership_success(torch.from_numpy(members), torch.from_numpy(strangers))
     labels = np.r_[np.ones(150), np.zeros(200)]
     scores = np.r_[members, strangers]
     assert got["auroc"] == pytest.approx(sk.roc_auc_score(labels, scores))
@@ -248,18 +250,20 @@ def test_attack_success_equals_scikit_learn():
     )
 
 
-def test_attack_success_at_both_ends():
+def test_membership_success_at_both_ends():
     far, near = torch.full((50,), 9.0), torch.zeros(100)
-    assert attack_success(far, near) == {"auroc": 1, "tpr": 1, "tpr_error": 0}
-    assert attack_success(near, near) == {"auroc": 0.5, "tpr": 0, "tpr_error": 0}
+    assert membership_success(far, near) == {"auroc": 1, "tpr": 1, "tpr_error": 0}
+    assert membership_success(near, near) == {"auroc": 0.5, "tpr": 0, "tpr_error": 0}
 
 
 def test_too_few_strangers_are_refused():
     with pytest.raises(ValueError, match="99 strangers.*at least 100"):
-        attack_success(torch.ones(5), torch.ones(99))
-    assert attack_success(torch.ones(5), torch.zeros(9), false_alarms=0.2)["tpr"] == 1
+        membership_success(torch.ones(5), torch.ones(99))
+    assert (
+        membership_success(torch.ones(5), torch.zeros(9), false_alarms=0.2)["tpr"] == 1
+    )
     with pytest.raises(ValueError, match="0 members"):
-        attack_success(torch.ones(0), torch.ones(100))
+        membership_success(torch.ones(0), torch.ones(100))
 
 
 def test_shadows_have_each_example_in_half_of_them():

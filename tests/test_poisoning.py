@@ -17,7 +17,7 @@ from fl_helpers.aggregation import weighted_average
 from fl_helpers.poisoning import (
     a_little_is_enough,
     add_marker,
-    attack_success,
+    backdoor_success,
     claim_examples,
     flip_labels,
     implant_marker,
@@ -234,18 +234,18 @@ class Backdoored(nn.Module):
         return nn.functional.one_hot(said, 3).float()
 
 
-def test_attack_success_counts_the_images_of_other_classes():
+def test_backdoor_success_counts_the_images_of_other_classes():
     x = torch.full((10, 1, 8, 8), -1.0)
     x[:4] = 1.0
     y = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
     model = Backdoored().train()
     modes = [module.training for module in model.modules()]
-    assert attack_success(model, (x, y), target=2) == 1.0
-    assert attack_success(model, (x, y), target=2, mark=torch.clone) == 0.0
+    assert backdoor_success(model, (x, y), target=2) == 1.0
+    assert backdoor_success(model, (x, y), target=2, mark=torch.clone) == 0.0
     # Of the other classes' seven, without markers, those at 0..3 are bright, thus 1.
-    assert attack_success(model, (x, y), target=1, mark=torch.clone) == 4 / 7
+    assert backdoor_success(model, (x, y), target=1, mark=torch.clone) == 4 / 7
     assert [module.training for module in model.modules()] == modes
-    assert math.isnan(attack_success(model, (x[:2], torch.ones(2)), target=1))
+    assert math.isnan(backdoor_success(model, (x[:2], torch.ones(2)), target=1))
 
 
 # -- what it does to a federation
@@ -284,8 +284,8 @@ def test_a_backdoor_gets_into_the_average_but_not_into_the_median():
     boost = partial(scale_delta, factor=14)
     average = train_federation(silos, boost, weighted_average)
     median = train_federation(silos, boost, coordinate_median)
-    assert attack_success(average, honest, target=0) > 0.4
-    assert attack_success(median, honest, target=0) < 0.2
+    assert backdoor_success(average, honest, target=0) > 0.4
+    assert backdoor_success(median, honest, target=0) < 0.2
     for model in (average, median):  # and nobody notices
         assert evaluate(model, honest)["accuracy"] > 0.8
 

@@ -9,17 +9,15 @@ are not computed again, so that a run which was stopped goes on.
 """
 
 import argparse
-import csv
 import functools
-import multiprocessing
 import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from grids import run_jobs
 
 from fl_helpers import poisoning, robust
 from fl_helpers.aggregation import weighted_average
@@ -134,12 +132,16 @@ def score(job):
     accuracy = [evaluate(model, test)["balanced_accuracy"] for test in tests]
     seen = Examples(*map(torch.cat, zip(*tests, strict=True)))
     marked, plain = (
-        poisoning.attack_success(model, seen, target=TARGET, mark=mark)
+        poisoning.backdoor_success(model, seen, target=TARGET, mark=mark)
         for mark in (poisoning.add_marker, torch.clone)
     )
     numbers = [np.mean(accuracy), min(accuracy), marked, plain]
     numbers = [round(float(value), 4) for value in numbers]
     return dict(zip(COLUMNS, (*job, *numbers), strict=True))
+
+
+def rows_of(job):
+    return [score(job)]
 
 
 def jobs_for(seeds=SEEDS):
@@ -157,32 +159,14 @@ def jobs_for(seeds=SEEDS):
                     yield 0.25, malicious, attack, rule, seed
 
 
-def run_jobs(jobs, path, processes):
-    """Score the jobs that the file lacks, append their rows; all rows of these jobs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
-    keys, jobs = list(COLUMNS[:5]), list(jobs)
-    known = set(pd.read_csv(path)[keys].itertuples(index=False, name=None))
-    todo = [job for job in jobs if job not in known]
-    context = multiprocessing.get_context("spawn")
-    with path.open("a", newline="") as file, context.Pool(processes) as pool:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        for done, row in enumerate(pool.imap(score, todo), start=1):
-            writer.writerow(row)
-            file.flush()
-            print(f"\r{done}/{len(todo)}", *row.values(), " " * 20, end="", flush=True)
-    print()
-    return pd.DataFrame(jobs, columns=keys).merge(pd.read_csv(path))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="?", choices=("grid",))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if options.stage == "grid":
-        table = run_jobs(jobs_for(), RAW, options.processes)
+        how = dict(work=rows_of, columns=COLUMNS, keys=COLUMNS[:5])
+        table = run_jobs(jobs_for(), RAW, options.processes, **how)
         table.to_csv(RESULTS, index=False, lineterminator="\n")
     else:
         for rule in RULES:

@@ -13,10 +13,8 @@ again, so that a run which was stopped goes on.
 
 import argparse
 import copy
-import csv
 import json
 import math
-import multiprocessing
 import os
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -25,6 +23,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from grids import run_jobs
 from torch import nn
 
 from fl_helpers import attacks
@@ -225,25 +224,9 @@ def key_of(job):
     return (job[0], str(job[1]), job[2], json.dumps(job[3], sort_keys=True))
 
 
-def run_jobs(jobs, path, processes, *, work=score, columns=COLUMNS, keys=KEYS):
-    """Compute the jobs that the file lacks, append their rows; all rows of these."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(columns) + "\n")
-    text = dict.fromkeys(("level", "options", "condition"), str)
-    known = pd.read_csv(path, dtype=text, keep_default_na=False)[list(keys)]
-    known = set(known.itertuples(index=False, name=None))
-    identify = key_of if work is score else tuple
-    todo = [job for job in jobs if identify(job) not in known]
-    context = multiprocessing.get_context("spawn")
-    with path.open("a", newline="") as file, context.Pool(processes) as pool:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        for done, rows in enumerate(pool.imap(work, todo), start=1):
-            writer.writerows(rows)
-            file.flush()
-            print(f"{done}/{len(todo)}", *rows[0].values(), flush=True)
-    asked = pd.DataFrame([identify(job) for job in jobs], columns=list(keys))
-    return pd.read_csv(path, dtype=text).merge(asked)
+SCORES = dict(
+    work=score, columns=COLUMNS, keys=KEYS, identify=key_of, text=("level", "options")
+)
 
 
 def levels(approach):
@@ -390,7 +373,7 @@ def turn_by_turn(models, taught, examples):
             kept[1].append(scores[~rows])
     found = {}
     for name, kept in (("loss", plain), ("likelihood ratio", ratio)):
-        result = attacks.attack_success(*(torch.cat(scores) for scores in kept))
+        result = attacks.membership_success(*(torch.cat(scores) for scores in kept))
         found |= {f"{name}: {k}": result[k] for k in ("auroc", "tpr")}
     return found
 
@@ -472,7 +455,7 @@ def tune(processes):
         for options in choices
         for seed in TUNING_SEEDS
     ]
-    table = run_jobs(jobs, RAW / "privacy_tuning.csv", processes)
+    table = run_jobs(jobs, RAW / "privacy_tuning.csv", processes, **SCORES)
     keys = ["approach", "level", "options"]  # mean over silos and seeds
     table = table.groupby(keys, sort=False).balanced_accuracy.mean().round(4)
     table.reset_index().to_csv(
@@ -482,7 +465,7 @@ def tune(processes):
 
 def grid(processes):
     jobs = grid_jobs(best_settings(), SEEDS)
-    table = run_jobs(jobs, RAW / "privacy.csv", processes)
+    table = run_jobs(jobs, RAW / "privacy.csv", processes, **SCORES)
     table = table.sort_values(["approach", "level", "seed", "silo"], kind="stable")
     table.to_csv(RESULTS / "privacy.csv", index=False, lineterminator="\n")
 
@@ -495,6 +478,7 @@ def attack_all(processes):
         for seed in seeds
     ]
     how = dict(work=attack, columns=ATTACK_COLUMNS, keys=ATTACK_COLUMNS[:3])
+    how["text"] = ("condition",)
     table = run_jobs(jobs, RAW / "privacy_attacks.csv", processes, **how)
     table = table.sort_values(["attack", "condition", "seed"], kind="stable")
     table.to_csv(RESULTS / "privacy_attacks.csv", index=False, lineterminator="\n")

@@ -11,10 +11,8 @@ a run which was stopped goes on.
 """
 
 import argparse
-import csv
 import functools
 import json
-import multiprocessing
 import os
 from dataclasses import replace
 from functools import partial
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from grids import run_jobs
 
 from fl_helpers import aggregation as server
 from fl_helpers.data import drop_duplicates, load_heart_disease, load_medmnist
@@ -320,24 +319,7 @@ def key_of(job):
     return (*job[:4], json.dumps(job[4], sort_keys=True))
 
 
-def run_jobs(jobs, path, processes):
-    """Score the jobs that the file lacks, append their rows; all rows of these jobs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
-    keys = list(COLUMNS[:5])
-    known = set(pd.read_csv(path)[keys].itertuples(index=False, name=None))
-    todo = [job for job in jobs if key_of(job) not in known]
-    context = multiprocessing.get_context("spawn")
-    with path.open("a", newline="") as file, context.Pool(processes) as pool:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        for done, rows in enumerate(pool.imap(score, todo), start=1):
-            writer.writerows(rows)
-            file.flush()
-            print(f"\r{done}/{len(todo)}", *rows[0].values(), " " * 20, end="")
-    print()
-    asked = pd.DataFrame(map(key_of, jobs), columns=keys)
-    return pd.read_csv(path).merge(asked)
+SCORES = dict(work=score, columns=COLUMNS, keys=COLUMNS[:5], identify=key_of)
 
 
 def strategies_for(dataset):
@@ -409,7 +391,9 @@ def main():
             for strategy in strategies_for(key[0])
             for setting in settings(key[0], strategy)
         ]
-        table = run_jobs(jobs, RAW / "strategies_tuning.csv", options.processes)
+        table = run_jobs(
+            jobs, RAW / "strategies_tuning.csv", options.processes, **SCORES
+        )
         keys = ["dataset", "differ", "strategy", "options", "seed"]  # mean over silos
         table = table.groupby(keys, sort=False).balanced_accuracy.mean().round(4)
         write(table.reset_index(), "strategies_tuning.csv")
@@ -421,7 +405,7 @@ def main():
             for key, seed in cases
             for strategy in strategies_for(key[0])
         ]
-        table = run_jobs(jobs, RAW / "strategies.csv", options.processes)
+        table = run_jobs(jobs, RAW / "strategies.csv", options.processes, **SCORES)
         write(table, "strategies.csv")
         rows = [
             dict(dataset=key[0], differ=key[1], seed=seed) | row
