@@ -16,6 +16,7 @@ import os
 import stat
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -592,26 +593,37 @@ def _write(folder: Path, name: str, parts: list[Any], head: Mapping[str, Any]) -
 
     Nothing is taken without a manifest: the old one goes first, the new one comes last.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with ThreadPoolExecutor(1) as other:  # the hash takes as long as the disk does
+            digest = other.submit(_sha256, parts)
+            _write_file(folder / f"{name}.tmp", parts)
+        manifest = {"version": _VERSION, **head}
+        manifest |= {"bytes": sum(map(len, parts)), "sha256": digest.result()}
+        text = json.dumps(manifest, indent=1).encode()
+        _write_file(folder / f"{MANIFEST}.tmp", [text])
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for path in (name, MANIFEST):
+            os.replace(folder / f"{path}.tmp", folder / path)
+    finally:
+        for path in (name, MANIFEST):
+            (folder / f"{path}.tmp").unlink(missing_ok=True)
+    return folder
+
+
+def _write_file(path: Path, parts: Iterable[Any]) -> None:
+    """Write a file, and return when it is on the disk."""
+    with path.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    manifest = {"version": _VERSION, **head}
-    manifest |= {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
-    files = {name: parts, MANIFEST: [json.dumps(manifest, indent=1).encode()]}
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for path, content in files.items():
-            with (folder / f"{path}.tmp").open("wb") as file:
-                file.writelines(content)
-                file.flush()
-                os.fsync(file.fileno())
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for path in files:
-            os.replace(folder / f"{path}.tmp", folder / path)
-    finally:
-        for path in files:
-            (folder / f"{path}.tmp").unlink(missing_ok=True)
-    return folder
+    return digest.hexdigest()
 
 
 def _to_parts(params: Mapping[str, Tensor]) -> list[Any]:

@@ -385,7 +385,12 @@ def _with_prefix(params: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def _all_finite(params: dict[str, Tensor]) -> bool:
-    return all(bool(value.isfinite().all()) for value in params.values())
+    # A sum is one quick read, and NaN or infinite if any entry is; finite entries may
+    # overflow it, so that each of them is looked at only then.
+    return all(
+        math.isfinite(value.sum().item()) or bool(value.isfinite().all())
+        for value in params.values()
+    )
 
 
 def _check_inputs(
