@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -132,7 +132,10 @@ def run_rounds(
 
     params: initial global model, not modified. silos: reduced in the order of their
     names, whatever order they are given in. client_update(params, silo, round_index=,
-    rng=) runs inside a silo; rng depends on (seed, silo name, round) only.
+    rng=) runs inside a silo; rng depends on (seed, silo name, round) only. If it has an
+    attribute `together`, together([params, ...], silos, round_index=, rngs=) makes all
+    updates of a round at once, for example with `training.train_together`; after a
+    FloatingPointError, or with a deadline, silos are called one by one.
     aggregate(updates) gets an iterator; at most 2 * workers updates exist at a time. If
     it remembers something between rounds, it has `params`, the global model it stands
     at, and `state_dict` / `load_state_dict`; it must be new, or resumed with the run.
@@ -306,19 +309,10 @@ def _play_round(
     record |= {"train": {}, "test": {}, "norms": {}}
     record |= {"bytes_down": state_bytes(before) * len(chosen), "bytes_up": 0}
 
-    def train(silo: SiloLike) -> Any:
-        own = before | history.local.get(silo.name, {})
-        for _ in range(1 if terms.quorum is None else 2):
-            rng = silo_rng(seed, silo.name, round_index)
-            try:
-                return client_update(own, silo, round_index=round_index, rng=rng)
-            except Exception as error:
-                failure = error
-        return failure
+    answers = _train(history, chosen, client_update, seed, terms, pool)
 
     def received() -> Iterator[Any]:
         failure = None
-        answers = pool.map(train, chosen, terms.deadline)
         for silo, answer in zip(chosen, answers, strict=True):
             try:
                 if isinstance(answer, Exception):
@@ -340,6 +334,39 @@ def _play_round(
     history.params = aggregate(received())
     history.local |= {name: own for name, own in kept.items() if own}
     return record
+
+
+def _train(
+    history: History,
+    chosen: Sequence[SiloLike],
+    client_update: ClientUpdate,
+    seed: int,
+    terms: _Terms,
+    pool: _Pool,
+) -> Iterator[Any]:
+    """What each silo answers, in order: its update, or with a quorum its exception."""
+    before, round_index = history.params, len(history.rounds)
+
+    def start(silo: SiloLike) -> tuple[Params, torch.Generator]:
+        own = before | history.local.get(silo.name, {})
+        return own, silo_rng(seed, silo.name, round_index)
+
+    def train(silo: SiloLike) -> Any:
+        for _ in range(1 if terms.quorum is None else 2):
+            own, rng = start(silo)
+            try:
+                return client_update(own, silo, round_index=round_index, rng=rng)
+            except Exception as error:
+                failure = error
+        return failure
+
+    together = getattr(client_update, "together", None)
+    if together and terms.deadline is None:
+        own, rngs = zip(*map(start, chosen), strict=True)
+        with suppress(FloatingPointError):  # then one by one: who is it?
+            yield from list(together(own, chosen, round_index=round_index, rngs=rngs))
+            return
+    yield from pool.map(train, chosen, terms.deadline)
 
 
 def _checked(

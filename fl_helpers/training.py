@@ -7,7 +7,7 @@ training) or metrics. Needs only torch: copy this file on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -99,15 +100,66 @@ def train_locally(
             adjust_gradients(model)
         optimizer.step()
         total_loss += loss.detach()  # stays on the device: no wait per step
-    mean_loss = total_loss.item() / steps
-    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
-    if not math.isfinite(mean_loss) or not _all_finite(params):
-        raise FloatingPointError(
-            f"training diverged in silo {silo.name!r}: mean loss {mean_loss} after "
-            f"{steps} steps with lr={lr}; try a smaller lr, or look for NaN in the data"
-        )
-    metrics = {"train_loss": mean_loss, "steps": float(steps)}
-    return Update(silo.name, params, len(x), metrics)
+    return _finished(silo, model.state_dict(), total_loss.item() / steps, steps, lr)
+
+
+def train_together(
+    model: nn.Module,
+    params: Sequence[Mapping[str, Tensor]],
+    silos: Sequence[SiloLike],
+    *,
+    epochs: float,
+    lr: float,
+    batch_size: int,
+    rngs: Sequence[torch.Generator],
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> list[Update]:
+    """`train_locally` of many silos in one batched graph: faster for small models.
+
+    A step of a small model is mostly Python; `torch.func.vmap` takes it for all silos
+    at once, on the CPU; convolutions gain little. params, rngs: one per silo, not
+    modified. The rest, the draws and the updates are those of `train_locally`, equal up
+    to rounding. model: lends its layers; its own parameters are not used.
+    Raises as `train_locally`, and ValueError for a silo with fewer than batch_size
+    examples and for a model with buffers (BatchNorm), dropout or frozen parameters.
+    """
+    for silo in silos:
+        _check_inputs(silo.name, *silo.train, epochs, lr, batch_size, 0.0)
+    _check_together(model, silos, batch_size)
+    steps, batches = [], []
+    for silo, rng in zip(silos, rngs, strict=True):
+        n = len(silo.train[0])
+        steps.append(num_steps(n, epochs=epochs, batch_size=batch_size))
+        batches.append(list(_batches(n, batch_size, steps[-1], rng)))
+    order = sorted(range(len(silos)), key=lambda k: -steps[k])  # first done, last
+    weights = {k: torch.stack([params[i][k] for i in order]) for k in params[0]}
+    velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
+    total_loss = torch.zeros(len(silos))
+
+    def loss_of(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(functional_call(model, dict(own), (x,)), y)
+
+    model.train()
+    for step in range(max(steps)):
+        active = [k for k in order if step < steps[k]]
+        now = {name: w[: len(active)] for name, w in weights.items()}  # views
+        x = torch.stack([silos[k].train[0][batches[k][step]] for k in active])
+        y = torch.stack([silos[k].train[1][batches[k][step]] for k in active])
+        gradients, losses = vmap(grad_and_value(loss_of))(now, x, y)
+        total_loss[: len(active)] += losses
+        for name, gradient in gradients.items():  # as torch.optim.SGD
+            gradient.add_(now[name], alpha=weight_decay)
+            speed = velocity[name][: len(active)].mul_(momentum).add_(gradient)
+            now[name].sub_(speed, alpha=lr)
+    rows = {
+        k: {name: w[row] for name, w in weights.items()} for row, k in enumerate(order)
+    }
+    means = {k: total_loss[row].item() / steps[k] for row, k in enumerate(order)}
+    return [
+        _finished(silo, rows[k], means[k], steps[k], lr) for k, silo in enumerate(silos)
+    ]
 
 
 def num_steps(num_examples: int, *, epochs: float, batch_size: int) -> int:
@@ -314,6 +366,20 @@ def _auroc(score: Tensor, positive: Tensor) -> float:
     return above / (num_positive * num_negative)
 
 
+def _finished(
+    silo: SiloLike, state: Mapping[str, Tensor], loss: float, steps: int, lr: float
+) -> Update:
+    """The update, its params copied to the CPU; or what went wrong."""
+    params = {k: v.detach().to("cpu", copy=True) for k, v in state.items()}
+    if not math.isfinite(loss) or not _all_finite(params):
+        raise FloatingPointError(
+            f"training diverged in silo {silo.name!r}: mean loss {loss} after "
+            f"{steps} steps with lr={lr}; try a smaller lr, or look for NaN in the data"
+        )
+    metrics = {"train_loss": loss, "steps": float(steps)}
+    return Update(silo.name, params, len(silo.train[0]), metrics)
+
+
 def _batches(
     n: int, batch_size: int, steps: int, rng: torch.Generator
 ) -> Iterator[Tensor]:
@@ -365,17 +431,20 @@ def _seeded(
     model: nn.Module, rng: torch.Generator, device: torch.device
 ) -> AbstractContextManager[Any]:
     """Context for forward passes whose draws come from `rng`; nothing if none draw."""
-    draws = any(
-        isinstance(module, nn.RReLU) or isinstance(rate, float) and rate > 0
-        for module in model.modules()
-        for rate in (getattr(module, name, 0) for name in ("p", "dropout"))
-    )
-    if not draws:
+    if not _draws(model):
         return nullcontext()
     if device.type != "cpu":  # there, dropout draws from the device's own generator
         torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=rng)))
         return nullcontext()
     return _DrawFrom(rng)
+
+
+def _draws(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.RReLU) or isinstance(rate, float) and rate > 0
+        for module in model.modules()
+        for rate in (getattr(module, name, 0) for name in ("p", "dropout"))
+    )
 
 
 def _with_prefix(params: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -412,3 +481,21 @@ def _check_inputs(
             raise ValueError(f"{label} must be > 0, got {value} (silo {name!r})")
     if not proximal_mu >= 0:
         raise ValueError(f"proximal_mu must be >= 0, got {proximal_mu}")
+
+
+def _check_together(
+    model: nn.Module, silos: Sequence[SiloLike], batch_size: int
+) -> None:
+    frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    if frozen or buffers or _draws(model):
+        raise ValueError(
+            f"silos with this model cannot be trained together: frozen {frozen[:3]}, "
+            f"buffers {buffers[:3]}, draws numbers: {_draws(model)}; use train_locally"
+        )
+    for silo in silos:
+        if len(silo.train[0]) < batch_size:
+            raise ValueError(
+                f"silo {silo.name!r} has {len(silo.train[0])} examples, batch_size is "
+                f"{batch_size}; use a smaller batch_size, or train_locally"
+            )

@@ -18,7 +18,7 @@ from fl_helpers.simulation import (
     silo_rng,
     state_bytes,
 )
-from fl_helpers.training import train_locally
+from fl_helpers.training import train_locally, train_together
 
 
 def client(make_model, **options):
@@ -452,3 +452,50 @@ def test_any_order_of_many_silos_gives_the_same_bits(silos, silos_per_round):
 def test_silo_rngs_do_not_collide():
     keys = [(s, f"silo {k}", r) for s in range(3) for k in range(20) for r in range(20)]
     assert len({silo_rng(*key).initial_seed() for key in keys}) == len(keys)
+
+
+def client_with_together(log, **options):
+    """`client`, that can also train all silos of a round at once."""
+    how = dict(epochs=1, lr=0.1, batch_size=8) | options
+    one_by_one = client(linear_model, **options)
+
+    def client_update(params, silo, **rest):
+        log.append(silo.name)
+        return one_by_one(params, silo, **rest)
+
+    def together(params, silos, *, round_index, rngs):
+        log.append([silo.name for silo in silos])
+        return train_together(linear_model(), params, silos, rngs=rngs, **how)
+
+    client_update.together = together
+    return client_update
+
+
+def test_a_round_trained_together_is_a_round(silos):
+    how = dict(rounds=3, seed=0, progress=False, keep_local=["1.bias"])
+    work, log = (start(linear_model), silos), []
+    both = client_with_together(log), weighted_average
+    found = run_rounds(*work, *both, **how)
+    alone = run_rounds(*work, client(linear_model), weighted_average, **how)
+    assert log == [["a", "b"]] * 3
+    assert found.bytes_sent == alone.bytes_sent
+    for name, value in alone.params.items():
+        torch.testing.assert_close(found.params[name], value)
+    for silo in ("a", "b"):
+        torch.testing.assert_close(found.local[silo], alone.local[silo])
+
+
+def test_when_one_diverges_silos_train_one_by_one(silos):
+    silos[1].train[0][0] = float("nan")
+    how, log = dict(rounds=1, seed=0, progress=False, quorum=1), []
+    work = start(linear_model), silos, client_with_together(log), weighted_average
+    (record,) = run_rounds(*work, **how).rounds
+    assert log == [["a", "b"], "a", "b", "b"]  # who failed is asked once more
+    assert record["silos"] == ["a"] and "diverged" in record["missing"]["b"]
+
+
+def test_with_a_deadline_silos_train_one_by_one(silos):
+    log, how = [], dict(rounds=1, seed=0, progress=False, deadline=60)
+    work = start(linear_model), silos, client_with_together(log), weighted_average
+    run_rounds(*work, **how)
+    assert sorted(log) == ["a", "b"]

@@ -13,13 +13,16 @@ from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import default_workers, run_rounds
-from fl_helpers.training import train_locally
+from fl_helpers.training import train_locally, train_together
 
 LR = 0.05
 
 
-def federate(model, silos, batch_size, *, workers, **options):
-    """A run of run_rounds; each worker thread trains in a model of its own."""
+def federate(model, silos, batch_size, *, workers, batched=False, **options):
+    """A run of run_rounds; each worker thread trains in a model of its own.
+
+    batched: all silos in one graph.
+    """
     models = threading.local()
 
     def client_update(params, silo, *, round_index, rng):
@@ -29,6 +32,12 @@ def federate(model, silos, batch_size, *, workers, **options):
         options = dict(lr=LR, batch_size=batch_size, rng=rng)
         return train_locally(models.own, silo, epochs=1, **options)
 
+    def together(params, silos, *, round_index, rngs):
+        options = dict(lr=LR, batch_size=batch_size, rngs=rngs)
+        return train_together(model, params, silos, epochs=1, **options)
+
+    if batched:
+        client_update.together = together
     run = dict(seed=0, progress=False, workers=workers) | options
     start = model.state_dict()
     return run_rounds(start, silos, client_update, weighted_average, **run)
