@@ -60,6 +60,7 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
             _check_finite(update.silo, name, value)
             _accumulate(mean, name, value.detach(), update.num_examples / total)
         seen.add(update.silo)
+        del update, value  # the next one may be made before these names are its own
     if not seen:
         raise ValueError("no updates to average; at least one silo must take part")
     return {name: value.to(layout[name][1]) for name, value in mean.items()}

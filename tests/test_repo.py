@@ -30,7 +30,6 @@ by_name = dict(ids=lambda path: path.name)
 
 ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
     "data.py": {"torchvision", "PIL", "pydicom"},
-    "exchange.py": {"safetensors"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},
     "privacy.py": {"opacus"},

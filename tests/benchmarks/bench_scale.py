@@ -1,37 +1,47 @@
-"""Cost and peak memory of run_rounds against the number of silos and the model's size.
+"""Cost and peak memory of run_rounds against silos, size of the model, and rounds.
 
 Only with --full. Every silo makes one SGD step on 8 rows in each round; each point is
-a process of its own: seconds per round, the median of five, and its peak memory. The
-slope is that of a line through all points; where the cost per silo or parameter is not
-constant, the figures show it.
+a process of its own: seconds of a round, the median of the last five; the peak memory
+of the run; and how often in a round the kernel had to find a page of memory. The slope
+is that of a line through all points; where the cost per silo, parameter or round is not
+constant, the figures show it. The runs over rounds write a checkpoint after each.
 """
 
 import json
+import os
+import resource
 import subprocess
 import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
-from common import FULL, RESULTS, extra_memory, read_results, report, row
+from common import FULL, RESULTS, extra_memory, free_memory, read_results, report, row
 from torch import nn
 
 from fl_helpers.aggregation import weighted_average
+from fl_helpers.planning import run_cost
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import run_rounds
 from fl_helpers.training import train_locally
 
-ROUNDS, ROWS, INPUTS = 6, 8, 100
-POINTS = {  # (silos, parameters)
-    "silos": [(n, 100_000) for n in (4, 16, 64, 250, 1000)],
-    "parameters": [
-        (4, n) for n in (10_000, 100_000, 1_000_000, 10_000_000, 30_000_000)
-    ],
+ROWS, INPUTS, LAST = 8, 100, 5
+RESNET_BYTES = 44_802_848  # of the state that bench_aggregation.py averages
+POINTS = {  # (silos, parameters, rounds)
+    "silos": [(n, 100_000, 6) for n in (4, 16, 64, 250, 1000)],
+    "parameters": [(4, 10**n, 6) for n in (4, 5, 6, 7, 8)],
+    "rounds": [(4, 10_000, n) for n in (10, 100, 1000)],
 }
+# PyTorch's own switch: memory in pages of 2 MB instead of 4 kB, where Linux has them.
+LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
-def run(num_silos, num_parameters):
-    """Seconds of each round after the first, and bytes that the run needs beside model
-    and data."""
+def run(num_silos, num_parameters, rounds):
+    """Seconds of the last rounds, bytes that the run needs beside model and data, and
+    page faults of a round."""
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
     width = num_parameters // (INPUTS + 3)  # weights in, biases, weights out
@@ -47,36 +57,65 @@ def run(num_silos, num_parameters):
         options = dict(epochs=1, lr=0.01, batch_size=ROWS, rng=rng)
         return train_locally(model, silo, **options)
 
-    how = dict(rounds=ROUNDS, seed=0, progress=False, workers=1)
+    ends, faults = [], []
+
+    def on_round(record, params):
+        ends.append(time.perf_counter())
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
     work = model.state_dict(), silos, client_update, weighted_average
-    client_update(
-        work[0], silos[0], round_index=0, rng=rng
-    )  # torch loads what it needs
-    extra, history = extra_memory(lambda: run_rounds(*work, **how))
-    seconds = [record["seconds"] for record in history.rounds[1:]]
-    return dict(seconds=seconds, extra=extra)
+    # A call before: torch loads what it needs.
+    client_update(work[0], silos[0], round_index=0, rng=rng)
+    with tempfile.TemporaryDirectory() as folder:
+        how = dict(rounds=rounds, seed=0, progress=False, workers=1, on_round=on_round)
+        if rounds > LAST + 1:
+            how |= dict(checkpoint=Path(folder, "run.pt"))
+        extra, _ = extra_memory(lambda: run_rounds(*work, **how))
+    seconds = [b - a for a, b in pairwise(ends)][-LAST:]
+    faults = [b - a for a, b in pairwise(faults)][-LAST:]
+    return dict(seconds=seconds, extra=extra, faults=faults)
 
 
-def measure(points):
+def label(silos, parameters, rounds):
+    text = f"{silos:,} silos x {parameters:,} parameters"
+    return text if rounds == 6 else f"{text}, {rounds:,} rounds"
+
+
+def measure(points, *, env=None, name=""):
+    """Three rows for each point: time, memory, page faults."""
     rows = []
-    for silos, parameters in points:
-        command = [sys.executable, __file__, str(silos), str(parameters)]
-        found = json.loads(subprocess.check_output(command))
-        label = f"{silos:,} silos x {parameters:,} parameters"
-        rows.append(row(f"{label}, a round", found["seconds"], unit="s"))
+    for point in points:
+        if 30 * 4 * point[1] > free_memory():  # some copies for each of the silos
+            print(f"SKIPPED: {label(*point)} does not fit into the free memory")
+            continue
+        command = [sys.executable, __file__, *map(str, point)]
+        found = json.loads(
+            subprocess.check_output(command, env=os.environ | (env or {}))
+        )
+        case = label(*point) + name
+        rows.append(row(f"{case}, a round", found["seconds"], unit="s"))
         extra = found["extra"] / 1e6
-        rows.append(row(f"{label}, memory of the run", extra, unit="MB"))
+        rows.append(row(f"{case}, memory of the run", extra, unit="MB"))
+        rows.append(
+            row(f"{case}, page faults of a round", found["faults"], unit="faults")
+        )
     return rows
 
 
 def slope(points, rows, what):
-    """Cost of one more silo or parameter: a line, each point counted relative to it."""
-    x = np.array([point[what == "parameters"] for point in points], float)
-    per, unit = (1, "silo") if what == "silos" else (1e6, "million parameters")
+    """Cost of one more silo, parameter or round: a line, each point counted relative
+    to it."""
+    position = list(POINTS).index(what)
+    x = np.array([point[position] for point in points], float)
+    per, unit = {
+        "silos": (1, "silo"),
+        "parameters": (1e6, "million parameters"),
+        "rounds": (1000, "1,000 rounds"),
+    }[what]
     found = []
-    for part, quantity in ((rows[::2], "ms"), (rows[1::2], "MB")):
+    for part, quantity in ((rows[::3], "ms"), (rows[1::3], "MB")):
         y = np.array([r["value"] for r in part])
-        gradient, _ = np.polyfit(x, y, 1, w=1 / y)
+        gradient, _ = np.polyfit(x[: len(y)], y, 1, w=1 / y)
         scale = 1000 * per if quantity == "ms" else per
         name = "time of a round" if quantity == "ms" else "memory"
         case = f"{name}, slope over {what}"
@@ -85,32 +124,64 @@ def slope(points, rows, what):
 
 
 def draw(path=RESULTS):
-    """docs/results/scale_silos.png and scale_parameters.png, from the results."""
+    """docs/results/scale_{silos,parameters,rounds}.png, from the results."""
     import matplotlib.pyplot as plt
 
     from fl_helpers.plots import use_style
 
     use_style()
     value = {row["case"]: float(row["value"]) for row in read_results(path)}
-    for what, points in POINTS.items():
-        x = [point[what == "parameters"] for point in points]
+    kinds = {"a round": "seconds per round", "memory of the run": "memory (MB)"}
+    for position, (what, points) in enumerate(POINTS.items()):
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 3))
-        labels = {"a round": "seconds per round", "memory of the run": "memory (MB)"}
-        for axis, (kind, label) in zip(axes, labels.items(), strict=True):
-            y = [value[f"{s:,} silos x {p:,} parameters, {kind}"] for s, p in points]
+        for axis, (kind, unit) in zip(axes, kinds.items(), strict=True):
+            x = np.array([point[position] for point in points])
+            y = [value[f"{label(*point)}, {kind}"] for point in points]
             axis.loglog(x, y, "o-", label="measured")
-            axis.loglog(
-                x, y[-1] * np.array(x) / x[-1], ":", color="0.5", label="linear"
-            )
-            axis.set(xlabel=what, ylabel=label)
+            large = [
+                (n, value[case])
+                for n, point in zip(x, points, strict=True)
+                if (case := f"{label(*point)}, large pages, {kind}") in value
+            ]
+            if large:
+                axis.loglog(*zip(*large, strict=True), "s--", label="large pages")
+            if what != "rounds":  # a round costs the same, however many there are
+                axis.loglog(x, y[-1] * x / x[-1], ":", color="0.5", label="linear")
+            axis.set(xlabel=what, ylabel=unit)
         axes[0].legend()
-        picture = path.with_name(f"scale_{what}.png")
-        fig.savefig(picture, metadata={"Software": None})
+        fig.savefig(path.with_name(f"scale_{what}.png"), metadata={"Software": None})
         plt.close(fig)
 
 
+def projection(rows, *, silos=100, parameters=1_000_000_000, gbit_per_s=10):
+    """On paper: one round of a federation that no machine here could hold.
+
+    rows: the results; what an update of 44.8 MB costs, in proportion to its bytes. The
+    orchestrator's line is shared by all silos; float32, nothing compressed. Training is
+    not in it.
+    """
+    seconds = {row["case"]: float(row["ours_s"] or 0) for row in rows}
+    models = {row["case"]: float(row["value"]) for row in rows}
+    size = 4 * parameters
+    (case,) = [k for k in seconds if k.startswith("average of 8 updates from folders,")]
+    read = seconds[case] / (8 * RESNET_BYTES)
+    cost = run_cost(
+        size, silos=silos, rounds=1, training_minutes=0, mbit_per_s=1000 * gbit_per_s
+    )
+    memory = models["average of 8 updates from folders, extra memory"] * size
+    transfer = 3600 * cost["transfer_hours"]
+    found = {
+        "one update": (size / 1e9, "GB"),
+        "sent in a round, both directions": (cost["gigabytes"], "GB"),
+        f"transfer, a line of {gbit_per_s} Gbit/s": (transfer, "s"),
+        "received updates read, checked, averaged": (read * size * silos, "s"),
+        "memory of the orchestrator": (memory / 1e9, "GB"),
+    }
+    return [row(case, value, unit=unit) for case, (value, unit) in found.items()]
+
+
 def main():
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 4:
         print(json.dumps(run(*map(int, sys.argv[1:]))))
         return 0
     if not FULL:
@@ -119,7 +190,10 @@ def main():
     code = 0
     for what, points in POINTS.items():
         rows = measure(points)
-        code |= report(f"scale over {what}", rows + slope(points, rows, what))
+        rows += slope(points, rows, what)
+        if what == "parameters":
+            rows += measure(points[-2:], env=LARGE_PAGES, name=", large pages")
+        code |= report(f"scale over {what}", rows)
     return code
 
 

@@ -82,13 +82,14 @@ def overhead(case, model, silos, *, rounds, sampled, batch_size):
     return row(case, times.cpu, times=times)
 
 
-def speed_up(case, model, silos):
-    """Time with two workers, in times with one."""
+def against_serial(case, model, silos, clock, **how):
+    """A round with other options, in rounds of one worker, silo after silo."""
+    run = dict(rounds=1, workers=1)
     times = compare(
-        lambda: federate(model, silos, 32, rounds=1, workers=1),
-        lambda: federate(model, silos, 32, rounds=1, workers=2),
+        lambda: federate(model, silos, 32, **run),
+        lambda: federate(model, silos, 32, **(run | how)),
     )
-    return row(case, times.wall, times=times)
+    return row(f"{case}, {clock}", getattr(times, clock.lower()), times=times)
 
 
 def tabular_silos(num_silos, num_rows):
@@ -103,26 +104,36 @@ def tabular_silos(num_silos, num_rows):
 
 def main():
     torch.set_num_threads(1)
-    many = dict(rounds=20, sampled=10, batch_size=20)
-    silos, model = image_silos(100, 100), small_cnn(10)
-    rows = [overhead("100 silos, 10 sampled, CPU", model, silos, **many)]
+    big, silos = cnn_215k(), image_silos(100, 100)
+    sample = dict(rounds=10, sampled=10, batch_size=20)
     few = dict(rounds=1, sampled=4, batch_size=32)
-    silos, big = image_silos(4, 1000), cnn_215k()
-    rows.append(overhead("4 silos x 1,000 images, CPU", big, silos, **few))
+    rows = [
+        overhead(
+            "100 silos, 10 sampled, small CNN, CPU", small_cnn(10), silos, **sample
+        ),
+        overhead("100 silos, 10 sampled, CNN, CPU", big, silos, **sample),
+        overhead("4 silos x 1,000 images, CPU", big, image_silos(4, 1000), **few),
+    ]
+    tiny = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2))
+    for number in (10, 32):
+        case = f"{number} silos in one graph / one by one, tabular"
+        tables = tabular_silos(number, 2000)
+        rows.append(against_serial(case, tiny, tables, "CPU", batched=True))
     if default_workers(big.state_dict(), 4) < 2:
         print("one core only: no speed-up to measure")
         return report("run_rounds / bare loop", rows)
     # Wall time, against bare threads in the same run: on a busy machine both have less
     # than two cores, so the speed-up over one worker is shown, and has no bound.
+    silos = image_silos(4, 1000)
     times = compare(
         lambda: two_threads(big, silos),
         lambda: federate(big, silos, 32, rounds=1, workers=2),
     )
     rows.append(row("2 workers / 2 bare threads, wall", times.wall, times=times))
-    rows.append(speed_up("2 workers / 1 worker, CNN, wall", big, silos))
-    tiny = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2))
-    silos = tabular_silos(10, 2000)
-    rows.append(speed_up("2 workers / 1 worker, tabular, wall", tiny, silos))
+    tables = tabular_silos(10, 2000)
+    for name, model, data in (("CNN", big, silos), ("tabular", tiny, tables)):
+        case = f"2 workers / 1 worker, {name}"
+        rows.append(against_serial(case, model, data, "wall", workers=2))
     return report("run_rounds / bare loop", rows)
 
 
