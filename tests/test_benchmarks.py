@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
+import bench_scale  # noqa: E402
 import common  # noqa: E402
 
 CASE, (GOAL, BOUND) = (
@@ -80,3 +81,14 @@ def test_every_bound_was_measured_and_held():
         ]
         if bound is not None:
             assert float(row["value"]) - float(row["noise"] or 0) <= bound, case
+
+
+def test_what_is_projected_follows_from_what_was_measured():
+    rows = common.read_results()
+    found = {row["case"]: row for row in rows}
+    for row in bench_scale.projection(rows):
+        value = float(found[row["case"]]["value"])  # four digits in the file
+        assert value == pytest.approx(row["value"], rel=2e-3)
+    # 4 bytes for each parameter, there and back, 100 silos; 8 bits, 10^10 in a second
+    assert float(found["sent in a round, both directions"]["value"]) == 800
+    assert float(found["that over a line of 10 Gbit/s"]["value"]) == 640

@@ -156,28 +156,25 @@ def draw(path=RESULTS):
 def projection(rows, *, silos=100, parameters=1_000_000_000, gbit_per_s=10):
     """On paper: one round of a federation that no machine here could hold.
 
-    rows: the results; what an update of 44.8 MB costs, in proportion to its bytes. The
-    orchestrator's line is shared by all silos; float32, nothing compressed. Training is
-    not in it.
+    rows: the results, of which what 8 updates in folders cost is taken in proportion to
+    their bytes. float32, nothing compressed; the orchestrator's line is shared by all
+    silos. Training is not in it.
     """
-    seconds = {row["case"]: float(row["ours_s"] or 0) for row in rows}
-    models = {row["case"]: float(row["value"]) for row in rows}
+    case = "average of 8 updates from folders"
+    found = {row["case"]: row for row in rows}
+    read = float(found[f"{case}, wall"]["ours_s"]) / (8 * RESNET_BYTES)  # s per byte
+    models = float(found[f"{case}, extra memory"]["value"])
     size = 4 * parameters
-    (case,) = [k for k in seconds if k.startswith("average of 8 updates from folders,")]
-    read = seconds[case] / (8 * RESNET_BYTES)
-    cost = run_cost(
-        size, silos=silos, rounds=1, training_minutes=0, mbit_per_s=1000 * gbit_per_s
-    )
-    memory = models["average of 8 updates from folders, extra memory"] * size
-    transfer = 3600 * cost["transfer_hours"]
-    found = {
+    line = dict(training_minutes=0, mbit_per_s=1000 * gbit_per_s)
+    cost = run_cost(size, silos=silos, rounds=1, **line)
+    projected = {
         "one update": (size / 1e9, "GB"),
         "sent in a round, both directions": (cost["gigabytes"], "GB"),
-        f"transfer, a line of {gbit_per_s} Gbit/s": (transfer, "s"),
-        "received updates read, checked, averaged": (read * size * silos, "s"),
-        "memory of the orchestrator": (memory / 1e9, "GB"),
+        f"that over a line of {gbit_per_s} Gbit/s": (3600 * cost["hours"], "s"),
+        "updates read, checked and averaged": (read * size * silos, "s"),
+        "memory of the orchestrator": (models * size / 1e9, "GB"),
     }
-    return [row(case, value, unit=unit) for case, (value, unit) in found.items()]
+    return [row(case, value, unit=unit) for case, (value, unit) in projected.items()]
 
 
 def main():
