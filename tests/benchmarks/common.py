@@ -239,3 +239,20 @@ def sgd_epoch(model, silo, lr, batch_size, rng):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
+
+
+def rounds_table(rows):
+    """The rows of rounds.csv as Markdown: a column for each engine, model and number of
+    silos."""
+    cases = dict.fromkeys((r["engine"], r["megabytes"], r["silos"]) for r in rows)
+    found = {
+        (r["stage"], r["engine"], r["megabytes"], r["silos"]): r["seconds"]
+        for r in rows
+    }
+    heads = [f"{e}: {s} silo{'s' * (s != '1')}, {m} MB" for e, m, s in cases]
+    text = f"\n| seconds | {' | '.join(heads)} |\n|---{'|---:' * len(cases)}|\n"
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        cells = [found.get((stage, *case), 0) for case in cases]
+        cells = [f"{float(c):.2f}" if float(c) else "-" for c in cells]
+        text += f"| {stage} | {' | '.join(cells)} |\n"
+    return text + "\n"
