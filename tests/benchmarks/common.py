@@ -233,7 +233,7 @@ def sgd_epoch(model, silo, lr, batch_size, rng):
     """One epoch as anyone would write it by hand; incomplete batches are dropped."""
     x, y = silo.train
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=1e-4)
-    order = torch.randperm(len(x), generator=rng)
+    order = torch.randperm(len(x), generator=rng).to(x.device)
     for start in range(0, len(x) - batch_size + 1, batch_size):
         batch = order[start : start + batch_size]
         optimizer.zero_grad()
