@@ -30,8 +30,8 @@ from fl_helpers.record import read_recorded
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 RUNS = ROOT / "runs"
-TIMINGS = ROOT / "docs/results/timings.csv"
-WHERE = "date", "machine", "load_before", "python", "torch"
+PAGE, TIMINGS = ROOT / "docs/timings.md", ROOT / "docs/results/timings.csv"
+WHERE = "date", "machine", "python", "torch"
 
 
 def main() -> int:
@@ -199,6 +199,7 @@ def timings(paths: list[Path]) -> int:
     """Measure notebooks with default and small parameters, rewrite their rows and the
     page; 1 if one took longer than its card says."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/benchmarks")]
+    from common import cpu_seconds
     from run import circumstances
     from test_notebooks import SMOKE
 
@@ -206,17 +207,14 @@ def timings(paths: list[Path]) -> int:
     done = {(row["notebook"], row["parameters"]): row for row in read_timings()}
     for path in paths:
         for kind, parameters in (("default", {}), ("smoke", SMOKE[path.stem])):
+            before = sum(psutil.cpu_times()[:3]) - cpu_seconds()
             with peak_memory() as peak:
                 seconds = execute(path, RUNS / path.name, parameters)
-            row = {
-                "notebook": path.stem,
-                "parameters": kind,
-                "seconds": f"{seconds:.0f}",
-            }
-            row |= {
-                "peak_mb": f"{peak[0] / 1e6:.0f}",
-                "card_minutes": card_minutes(path),
-            }
+            others = sum(psutil.cpu_times()[:3]) - cpu_seconds() - before
+            row = {"notebook": path.stem, "parameters": kind}
+            row |= {"seconds": f"{seconds:.0f}", "peak_mb": f"{peak[0] / 1e6:.0f}"}
+            row |= {"card_minutes": card_minutes(path)}
+            row |= {"cores_of_others": f"{max(others, 0) / seconds:.1f}"}
             done[path.stem, kind] = row | {name: where[name] for name in WHERE}
             if seconds > 60 * card_minutes(path):
                 slow.append(f"{path.stem}, {kind}: {seconds:.0f} s")
@@ -224,11 +222,10 @@ def timings(paths: list[Path]) -> int:
     with TIMINGS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader(), writer.writerows(rows)
-    page = ROOT / "docs/timings.md"
     marks = r"(<!-- from timings.csv -->\n).*(\n<!-- end -->)"
     text = timings_table(read_timings())
-    text = re.sub(marks, lambda m: m[1] + text + m[2], page.read_text(), flags=re.S)
-    page.write_text(text)
+    text = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
+    PAGE.write_text(text)
     print("slower than the card says:", "; ".join(slow) or "none")
     return int(bool(slow))
 
@@ -275,14 +272,13 @@ def timings_table(rows: list[dict[str, str]]) -> str:
     for name in WHERE:
         values = dict.fromkeys(row[name] for row in rows)
         text += f"\n- {name}: {'; '.join(values)}"
-    text += (
-        "\n\n| notebook | card, min | seconds | peak, MB | small: seconds | peak, MB |"
-    )
-    text += f"\n|---{'|---:' * 5}|\n"
+    columns = "seconds", "peak_mb", "cores_of_others"
+    one = "seconds | peak, MB | others, cores"
+    text += f"\n\n| notebook | card, min | {one} | small: {one} |\n|---{'|---:' * 7}|\n"
     for full, small in zip(rows[::2], rows[1::2], strict=True):
         link = f"[{full['notebook']}](../notebooks/{full['notebook']}.ipynb)"
         cells = [link, full["card_minutes"]]
-        cells += [row[name] for row in (full, small) for name in ("seconds", "peak_mb")]
+        cells += [row[column] for row in (full, small) for column in columns]
         text += f"| {' | '.join(cells)} |\n"
     return text
 
