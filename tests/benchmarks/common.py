@@ -241,6 +241,9 @@ def sgd_epoch(model, silo, lr, batch_size, rng):
         optimizer.step()
 
 
+ROUNDS_WHERE = "date", "machine", "load_before", "torch"
+
+
 def rounds_table(rows):
     """The rows of rounds.csv as Markdown: a column for each engine, model and number of
     silos."""
@@ -249,8 +252,12 @@ def rounds_table(rows):
         (r["stage"], r["engine"], r["megabytes"], r["silos"]): r["seconds"]
         for r in rows
     }
-    heads = [f"{e}: {s} silo{'s' * (s != '1')}, {m} MB" for e, m, s in cases]
-    text = f"\n| seconds | {' | '.join(heads)} |\n|---{'|---:' * len(cases)}|\n"
+    heads = [f"{e}: {s} silo{'s' * (s != '1')}, {float(m):.2g} MB" for e, m, s in cases]
+    about = (f"\n- {name}: {rows[0][name]}" for name in ROUNDS_WHERE)
+    text = (
+        "".join(about)
+        + f"\n\n| seconds | {' | '.join(heads)} |\n|---{'|---:' * len(cases)}|\n"
+    )
     for stage in dict.fromkeys(row["stage"] for row in rows):
         cells = [found.get((stage, *case), 0) for case in cases]
         cells = [f"{float(c):.2f}" if float(c) else "-" for c in cells]

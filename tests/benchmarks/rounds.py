@@ -21,7 +21,7 @@ from pathlib import Path
 import engines
 import pandas as pd
 import torch
-from common import read_results, rounds_table
+from common import ROUNDS_WHERE, read_results, rounds_table
 from run import PAGE, circumstances
 
 import fl_helpers
@@ -272,7 +272,7 @@ def main():
     torch.set_num_threads(1)  # as in the silos: for the same bits
     engines.Fleet, run_locally._Runner = HookedFleet, TimedRunner
     where, rows = circumstances(), []
-    where = {key: where[key] for key in ("date", "machine", "load_before", "torch")}
+    where = {key: where[key] for key in ROUNDS_WHERE}
     for model, engine in product(ROUNDS, SILOS):
         for silos in SILOS[engine]:
             rows += measure(engine, model, silos)
