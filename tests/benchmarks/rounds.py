@@ -276,7 +276,7 @@ def main():
     for model, engine in product(ROUNDS, SILOS):
         for silos in SILOS[engine]:
             rows += measure(engine, model, silos)
-            print(pd.DataFrame(rows[-16:]).to_string(), flush=True)
+            print(pd.DataFrame(rows[-18:]).to_string(), flush=True)
     table = pd.DataFrame(rows).assign(**where)
     table.to_csv(RESULTS, index=False, float_format="%.4g")
     marks = r"(<!-- from rounds.csv -->\n).*(<!-- end of rounds -->)"
