@@ -4,7 +4,7 @@ BIN := .venv/bin
 NB ?=
 ARGS ?=
 
-.PHONY: run lab test quick test-browser notebooks docs bench bench-full setup setup-dev format clean
+.PHONY: run lab test quick test-browser notebooks timings docs bench bench-full setup setup-dev format clean
 
 run: setup  ## execute the notebooks into runs/ and print the results
 	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
@@ -27,6 +27,9 @@ test-browser: setup-dev  ## site, report and JupyterLab with every notebook, in 
 notebooks: setup-dev  ## rewrite the committed outputs of the notebooks
 	$(BIN)/python tools/notebooks.py refresh $(if $(NB),--only $(NB)) $(ARGS)
 	$(BIN)/python docs/pics/federation.py
+
+timings: setup-dev  ## time and memory of the notebooks; fails above the time on a card
+	$(BIN)/python tools/notebooks.py timings $(if $(NB),--only $(NB))
 
 docs: setup-dev  ## README, guides and notebooks as one site: build/site/index.html
 	rm -rf build/site

@@ -87,8 +87,7 @@ def train_locally(
     steps = num_steps(len(x), epochs=epochs, batch_size=batch_size)
     total_loss = torch.zeros((), device=device)
     seeded = _seeded(model, rng, torch.device(device))
-    for batch in _batches(len(x), batch_size, steps, rng):
-        batch = batch.to(device)
+    for batch in _batches(len(x), batch_size, steps, rng, device):
         with seeded:
             logits = model(x[batch])
         loss = loss_fn(logits, y[batch])
@@ -381,14 +380,18 @@ def _finished(
 
 
 def _batches(
-    n: int, batch_size: int, steps: int, rng: torch.Generator
+    n: int,
+    batch_size: int,
+    steps: int,
+    rng: torch.Generator,
+    device: str | torch.device,
 ) -> Iterator[Tensor]:
     """Index tensors for `steps` batches, reshuffled whenever an epoch is used up."""
     per_epoch = max(1, n // batch_size)
     for step in range(steps):
         position = step % per_epoch
         if position == 0:
-            order = torch.randperm(n, generator=rng)
+            order = torch.randperm(n, generator=rng).to(device)  # not in each step
         yield order[position * batch_size : (position + 1) * batch_size]
 
 

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
+import bench_gpu  # noqa: E402
 import bench_scale  # noqa: E402
 import common  # noqa: E402
 
@@ -92,3 +93,26 @@ def test_what_is_projected_follows_from_what_was_measured():
     # 4 bytes for each parameter, there and back, 100 silos; 8 bits, 10^10 in a second
     assert float(found["sent in a round, both directions"]["value"]) == 800
     assert float(found["that over a line of 10 Gbit/s"]["value"]) == 640
+
+
+def test_the_benchmark_of_a_gpu_is_skipped_without_one_and_runs(monkeypatch, capsys):
+    monkeypatch.setattr(bench_gpu, "CASES", bench_gpu.CASES[:1])
+    monkeypatch.setattr(bench_gpu.torch.cuda, "is_available", lambda: False)
+    assert bench_gpu.main() == 0 and "SKIPPED" in capsys.readouterr().out
+    assert bench_gpu.measure("cpu", num_images=128, pairs=1) == 0
+    assert capsys.readouterr().out.count("GPU / CPU") == 2
+
+
+def test_page_says_where_a_rounds_time_goes():
+    rows = common.read_results(ROOT / "docs/results/rounds.csv")
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    marks = "<!-- from rounds.csv -->\n", "<!-- end of rounds -->"
+    assert page.split(marks[0])[1].split(marks[1])[0] == common.rounds_table(rows)
+    cases = {}
+    for row in rows:
+        if not row["stage"].startswith("once"):
+            key = row["engine"], row["model"], row["silos"]
+            cases.setdefault(key, {})[row["stage"]] = float(row["seconds"])
+    assert len(cases) == 8
+    for stages in cases.values():
+        assert stages.pop("a round") == pytest.approx(sum(stages.values()), rel=1e-2)

@@ -18,6 +18,10 @@ import torch
 from torchvision.models import resnet18
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from notebooks import card, read_timings, timings_table  # noqa: E402
+
 EXAMPLE = ROOT / "fl_helpers" / "hospital.py"  # to adapt: it puts the helpers together
 HELPERS = sorted({*(ROOT / "fl_helpers").glob("[a-z]*.py")} - {EXAMPLE})
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -171,18 +175,6 @@ def test_notebook_metadata_and_outputs_are_clean(notebook):
     )
 
 
-def card(path):
-    """Title and table row of a notebook's first cell."""
-    first = nbformat.read(path, as_version=4).cells[0].source
-    title = re.search(r"^# (\d\d) · (.+)$", first, re.M)
-    row = first.strip().splitlines()[-1].strip("| ").split(" | ")
-    return (
-        title.group(1),
-        title.group(2),
-        dict(zip(("will", "needs", "time", "data"), row, strict=True)),
-    )
-
-
 def test_readme_lists_every_notebook_as_its_card_says():
     readme = (ROOT / "README.md").read_text()
     for path in NOTEBOOKS:
@@ -192,6 +184,22 @@ def test_readme_lists_every_notebook_as_its_card_says():
         expected = f"| {number} | {link} | {row['will']} | {row['time']} |"
         assert expected in readme, f"README.md lacks the line\n{expected}"
     assert len(re.findall(r"\(notebooks/\d\d_", readme)) >= len(NOTEBOOKS)
+
+
+def test_notebooks_take_the_time_on_their_cards():
+    rows = read_timings()
+    kinds = "default", "smoke"
+    measured = [(row["notebook"], row["parameters"]) for row in rows]
+    assert measured == [(path.stem, kind) for path in NOTEBOOKS for kind in kinds]
+    for row in rows:
+        number, _, found = card(ROOT / "notebooks" / f"{row['notebook']}.ipynb")
+        assert found["time"] == f"{row['card_minutes']} min", "run make timings"
+        most = 60 * min(
+            int(row["card_minutes"]), 5 if row["parameters"] == "default" else 1
+        )
+        assert int(row["seconds"]) <= most, f"{number}, {row['parameters']}: too slow"
+        assert int(row["peak_mb"]) > 0
+    assert timings_table(rows) in (ROOT / "docs/timings.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,46 @@ def test_values_from_the_command_line_are_read_as_python(monkeypatch):
     assert literal("0.5") == 0.5 and literal("pneumoniamnist") == "pneumoniamnist"
 
 
+@pytest.fixture
+def notebooks(monkeypatch, tmp_path):
+    """The runner, with notebooks that all take 61 seconds, and a page of its own."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tools")])
+    import notebooks
+
+    (tmp_path / "page.md").write_text(notebooks.PAGE.read_text())
+    for name, value in {
+        "execute": lambda *_: 61.0,
+        "read_recorded": lambda _: {"accuracy": 90.0},
+        "PAGE": tmp_path / "page.md",
+        "TIMINGS": tmp_path / "timings.csv",
+    }.items():
+        monkeypatch.setattr(notebooks, name, value)
+    return notebooks
+
+
+def test_the_table_says_what_was_slower_than_its_card(notebooks, capsys):
+    assert notebooks.run(notebooks.select(["01"]), {}) == 0  # slow is no error
+    assert "61       1 min, slower  accuracy 90" in capsys.readouterr().out
+
+
+def test_timings_fail_above_the_card_and_keep_other_rows(notebooks, capsys):
+    assert notebooks.timings(notebooks.select(["01", "02"])) == 1
+    assert "02_hospitals_and_their_data, smoke: 61 s" in capsys.readouterr().out
+    notebooks.execute = lambda *_: 9.0
+    assert notebooks.timings(notebooks.select(["02"])) == 0
+    rows = notebooks.read_timings()
+    assert [row["seconds"] for row in rows] == ["61", "61", "9", "9"]
+    assert notebooks.timings_table(rows) in notebooks.PAGE.read_text()
+
+
+def test_peak_memory_is_that_of_the_processes_together(notebooks):
+    hold = "import time; held = b'x' * 100_000_000; time.sleep(2)"
+    with notebooks.peak_memory() as peak:
+        both = [subprocess.Popen([sys.executable, "-c", hold]) for _ in range(2)]
+        assert [process.wait() for process in both] == [0, 0]
+    assert 200e6 < peak[0] < 240e6
+
+
 def test_recorded_results_come_back_in_order(tmp_path):
     def cell(**results):
         output = nbformat.v4.new_output(

@@ -8,6 +8,8 @@ import torch
 from conftest import batchnorm_model, linear_model
 from sklearn import metrics as sk
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
 from fl_helpers.training import (
@@ -308,6 +310,61 @@ def test_trains_on_a_gpu_and_sends_from_the_cpu(silos):
         assert on_gpu.params[name].device.type == "cpu"
         torch.testing.assert_close(on_gpu.params[name], value, rtol=1e-3, atol=1e-4)
     assert evaluate(model, silos[0].test, device="cuda")["loss"] > 0
+
+
+class Crossings(TorchDispatchMode):
+    """Let the device "meta" stand for a GPU, and count what makes a GPU wait: values
+    that the host reads, and copies between host and device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        tensors = [a for a in tree_leaves((args, kwargs)) if torch.is_tensor(a)]
+        places = {t.device.type for t in tensors if t.dim()}
+        there = tensors[0].device.type if tensors else "cpu"
+        if name == "_local_scalar_dense" and there == "meta":
+            self.count += 1
+            return 1.0
+        if (
+            name == "_to_copy"
+            and torch.device(kwargs.get("device") or there).type != there
+        ):
+            self.count += 1
+            if there == "meta":  # it has no values to copy
+                return torch.ones(args[0].shape, dtype=args[0].dtype)
+        elif len(places) > 1:  # a copy inside the operation
+            self.count += 1
+        return func(*args, **kwargs)
+
+
+def crossings(silo, **options):
+    model = batchnorm_model()
+    with Crossings() as found:
+        train(model, silo, device="meta", **options)
+    return found.count
+
+
+@pytest.mark.parametrize("proximal_mu", [0.0, 0.1])
+def test_a_gpu_never_waits_in_a_step(silos, proximal_mu):
+    few, many = (
+        crossings(silos[0], batch_size=size, proximal_mu=proximal_mu)
+        for size in (20, 2)  # 2 steps and 20
+    )
+    assert few == many > len(batchnorm_model().state_dict())
+    two = crossings(silos[0], batch_size=2, epochs=2, proximal_mu=proximal_mu)
+    assert two == many + 1  # an epoch's order of examples
+
+
+def test_a_wait_in_each_step_would_be_seen(silos):
+    def loss_fn(logits, y):
+        loss = nn.functional.cross_entropy(logits, y)
+        return loss * bool(loss.isfinite())
+
+    few, many = (
+        crossings(silos[0], batch_size=size, loss_fn=loss_fn) for size in (20, 2)
+    )
+    assert many == few + 18
 
 
 def test_batches_are_full_and_show_each_example_at_most_once_per_epoch():

@@ -4,25 +4,34 @@ python tools/notebooks.py run                       all notebooks, into runs/
 python tools/notebooks.py run --only 03             one of them
 python tools/notebooks.py run -p DATASET pneumoniamnist
 python tools/notebooks.py refresh                   rewrite the committed outputs
+python tools/notebooks.py timings                   time and memory: docs/timings.md
 """
 
 import argparse
 import ast
+import contextlib
+import csv
+import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
+import psutil
 
 from fl_helpers.record import read_recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 RUNS = ROOT / "runs"
+PAGE, TIMINGS = ROOT / "docs/timings.md", ROOT / "docs/results/timings.csv"
+WHERE = "date", "machine", "python", "torch"
 
 
 def main() -> int:
@@ -31,6 +40,8 @@ def main() -> int:
         paths = select(options.only)
         parameters = {name: literal(value) for name, value in options.parameters}
         check_parameters(paths, parameters)
+        if parameters and options.command == "timings":
+            raise ValueError("timings are of the default and the small parameters")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -38,14 +49,14 @@ def main() -> int:
         for path in paths:
             refresh(path, parameters)
         return 0
-    return run(paths, parameters)
+    return timings(paths) if options.command == "timings" else run(paths, parameters)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("run", "refresh"))
+    parser.add_argument("command", choices=("run", "refresh", "timings"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NN")
     parser.add_argument(
         *("-p", "--parameter"),
@@ -91,6 +102,19 @@ def check_parameters(paths: list[Path], parameters: dict[str, Any]) -> None:
             )
 
 
+def card(path: Path) -> tuple[str, str, dict[str, str]]:
+    """Number, title and table row of a notebook's first cell."""
+    first = nbformat.read(path, as_version=4).cells[0].source
+    title = re.search(r"^# (\d\d) · (.+)$", first, re.M)
+    row = first.strip().splitlines()[-1].strip("| ").split(" | ")
+    names = ("will", "needs", "time", "data")
+    return title[1], title[2], dict(zip(names, row, strict=True))
+
+
+def card_minutes(path: Path) -> int:
+    return int(card(path)[2]["time"].removesuffix(" min"))
+
+
 def execute(path: Path, output: Path, parameters: dict[str, Any]) -> float:
     """Run one notebook on a fresh kernel, with a bar over its cells; seconds taken."""
     output.parent.mkdir(exist_ok=True)
@@ -115,13 +139,15 @@ def run(paths: list[Path], parameters: dict[str, Any]) -> int:
     for path in paths:
         output = RUNS / path.name
         try:
-            seconds = execute(path, output, parameters)
-            rows.append((path.stem, f"{seconds:.0f}", headline(read_recorded(output))))
+            seconds, minutes = execute(path, output, parameters), card_minutes(path)
+            on_card = f"{minutes} min{', slower' if seconds > 60 * minutes else ''}"
+            numbers = headline(read_recorded(output))
+            rows.append((path.stem, f"{seconds:.0f}", on_card, numbers))
         except papermill.PapermillExecutionError as error:
             failed.append(path.stem)
             where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
-            rows.append((path.stem, "failed", f"{where} (see {output})"))
-    print_table(("notebook", "seconds", "results"), rows)
+            rows.append((path.stem, "failed", "", f"{where} (see {output})"))
+    print_table(("notebook", "seconds", "on the card", "results"), rows)
     return 1 if failed else 0
 
 
@@ -169,6 +195,102 @@ def refresh(path: Path, parameters: dict[str, Any]) -> None:
     strip = ("-m", "nbstripout", "--keep-output", "--keep-id", "--extra-keys", keys)
     subprocess.run([sys.executable, *strip, str(path)], check=True)
     print(f"{path.stem}: {seconds:.0f} s")
+
+
+def timings(paths: list[Path]) -> int:
+    """Measure notebooks with default and small parameters, rewrite their rows and the
+    page; 1 if one took longer than its card says."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/benchmarks")]
+    from common import cpu_seconds
+    from run import circumstances
+    from test_notebooks import SMOKE
+
+    where, slow = circumstances(), []
+    done = {(row["notebook"], row["parameters"]): row for row in read_timings()}
+    done = {
+        key: row
+        for key, row in done.items()
+        if (NOTEBOOKS / f"{key[0]}.ipynb").exists()
+    }
+    for path in paths:
+        for kind, parameters in (("default", {}), ("smoke", SMOKE[path.stem])):
+            before = sum(psutil.cpu_times()[:3]) - cpu_seconds()
+            with peak_memory() as peak:
+                seconds = execute(path, RUNS / path.name, parameters)
+            others = sum(psutil.cpu_times()[:3]) - cpu_seconds() - before
+            row = {"notebook": path.stem, "parameters": kind}
+            row |= {"seconds": f"{seconds:.0f}", "peak_mb": f"{peak[0] / 1e6:.0f}"}
+            row |= {"card_minutes": card_minutes(path)}
+            row |= {"cores_of_others": f"{max(others, 0) / seconds:.1f}"}
+            done[path.stem, kind] = row | {name: where[name] for name in WHERE}
+            if seconds > 60 * card_minutes(path):
+                slow.append(f"{path.stem}, {kind}: {seconds:.0f} s")
+        write_timings([row for _, row in sorted(done.items())])
+    print("slower than the card says:", "; ".join(slow) or "none")
+    return int(bool(slow))
+
+
+def write_timings(rows: list[dict[str, Any]]) -> None:
+    with TIMINGS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader(), writer.writerows(rows)
+    marks = r"(<!-- from timings.csv -->\n).*(\n<!-- end -->)"
+    text = timings_table(read_timings())
+    text = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
+    PAGE.write_text(text)
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Largest memory of all processes started in the meantime, in bytes, by samples.
+
+    Pages that only one process has count there; of those that several have, libraries
+    above all, the largest part that one process sees. (PSS would divide them by all
+    processes of the machine that have them, also by those of other people.)
+    """
+    peak, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            own = shared = 0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    memory = process.memory_full_info()
+                    own += memory.uss
+                    shared = max(shared, memory.rss - memory.uss)
+            peak[0] = max(peak[0], own + shared)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+
+
+def read_timings() -> list[dict[str, str]]:
+    if not TIMINGS.exists():
+        return []
+    with TIMINGS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timings_table(rows: list[dict[str, str]]) -> str:
+    """The results as docs/timings.md shows them."""
+    text = ""
+    for name in WHERE:
+        values = dict.fromkeys(row[name] for row in rows)
+        text += f"\n- {name}: {'; '.join(values)}"
+    columns = "seconds", "peak_mb", "cores_of_others"
+    one = "seconds | peak, MB | others, cores"
+    text += f"\n\n| notebook | card, min | {one} | small: {one} |\n|---{'|---:' * 7}|\n"
+    for full, small in zip(rows[::2], rows[1::2], strict=True):
+        link = f"[{full['notebook']}](../notebooks/{full['notebook']}.ipynb)"
+        cells = [link, full["card_minutes"]]
+        cells += [row[column] for row in (full, small) for column in columns]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def is_progress(output: Any) -> bool:

@@ -236,9 +236,33 @@ def sgd_epoch(model, silo, lr, batch_size, rng):
     """One epoch as anyone would write it by hand; incomplete batches are dropped."""
     x, y = silo.train
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=1e-4)
-    order = torch.randperm(len(x), generator=rng)
+    order = torch.randperm(len(x), generator=rng).to(x.device)
     for start in range(0, len(x) - batch_size + 1, batch_size):
         batch = order[start : start + batch_size]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
+
+
+ROUNDS_WHERE = "date", "machine", "load_before", "torch"
+
+
+def rounds_table(rows):
+    """The rows of rounds.csv as Markdown: a column for each engine, model and number of
+    silos."""
+    cases = dict.fromkeys((r["engine"], r["megabytes"], r["silos"]) for r in rows)
+    found = {
+        (r["stage"], r["engine"], r["megabytes"], r["silos"]): r["seconds"]
+        for r in rows
+    }
+    heads = [f"{e}: {s} silo{'s' * (s != '1')}, {float(m):.2g} MB" for e, m, s in cases]
+    about = (f"\n- {name}: {rows[0][name]}" for name in ROUNDS_WHERE)
+    text = (
+        "".join(about)
+        + f"\n\n| seconds | {' | '.join(heads)} |\n|---{'|---:' * len(cases)}|\n"
+    )
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        cells = [found.get((stage, *case), 0) for case in cases]
+        cells = [f"{float(c):.2f}" if float(c) else "-" for c in cells]
+        text += f"| {stage} | {' | '.join(cells)} |\n"
+    return text + "\n"
