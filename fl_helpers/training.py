@@ -131,7 +131,7 @@ def train_together(
     for silo, rng in zip(silos, rngs, strict=True):
         n = len(silo.train[0])
         steps.append(num_steps(n, epochs=epochs, batch_size=batch_size))
-        batches.append(list(_batches(n, batch_size, steps[-1], rng)))
+        batches.append(list(_batches(n, batch_size, steps[-1], rng, "cpu")))
     order = sorted(range(len(silos)), key=lambda k: -steps[k])  # first done, last
     weights = {k: torch.stack([params[i][k] for i in order]) for k in params[0]}
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
