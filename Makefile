@@ -39,7 +39,7 @@ bench-full: setup-dev  ## the same, longer, and rewrite docs/benchmarks.md from 
 	$(BIN)/python tests/benchmarks/run.py --full
 
 bench-peers: .venv-peers/.ready  ## whole runs of other frameworks (some GB on first use) and of ours
-	.venv-peers/bin/python tests/benchmarks/peers/run.py $(ARGS)
+	.venv-peers/bin/python tests/benchmarks/peers/measure.py $(ARGS)
 
 setup: .venv/.ready
 setup-dev: .venv/.ready-dev

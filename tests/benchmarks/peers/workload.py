@@ -1,11 +1,11 @@
 """What every framework here gets and returns: data, model, settings, result.
 
-Each script is called as `python peers/<script>.py WORKLOAD RESULT.json SEED`.
+Each script is called as `python peers/<script>.py WORKLOAD RESULT.json SEED [ROUNDS]`.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from common import cnn_215k, sgd_epoch  # noqa: E402
 
 from fl_helpers.silos import Examples, Silo  # noqa: E402
 
-LR = 0.05  # momentum and weight decay: see common.sgd_epoch
+CONTRAST = 0.15  # of a class's pattern to the noise: hard enough to tell models apart
+LR = 0.02  # momentum and weight decay: see common.sgd_epoch
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,6 @@ def images(num_images, seed):
     return Examples(x + CONTRAST * patterns[y], y)
 
 
-CONTRAST = 0.1  # of a pattern to the noise: no model gets all of the test set right
-
-
 @cache
 def silo(name, k):
     """Silo k of a workload; made where it is used, the same everywhere."""
@@ -83,8 +81,11 @@ def train(model, name, k, *, seed, round_index):
 
 def arguments():
     """Name of the workload, the workload, where its result goes, seed."""
-    name, path, seed = sys.argv[1:]
-    return name, WORKLOADS[name], Path(path), int(seed)
+    name, path, seed, *rounds = sys.argv[1:]
+    workload = WORKLOADS[name]
+    if rounds:
+        workload = replace(workload, rounds=int(rounds[0]))
+    return name, workload, Path(path), int(seed)
 
 
 def write_result(path, params, *, ends, steps):
