@@ -38,7 +38,10 @@ GOALS = {"Flower": (2, 3), "NVFlare": (2, 3), "pfl": (1, 0), "FedLab": (1, 0)}
 # With more silos than processes, NVFlare starts a new process for each silo's turn:
 # minutes for one round. {(name, workload): rounds}; such a run is made once.
 FEWER_ROUNDS = {("NVFlare", "W2"): 1}
-TOLERANCE = 0.25  # of the reference's test loss; see docs/benchmarks.md
+RUNS = 3
+# Of the test loss. Orders of batches, and silos drawn, differ by framework and seed:
+# three seeds of the reference lay up to 0.08 apart; an untrained model has 2.3.
+TOLERANCE = 0.1
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # of each worker
     "OMP_WAIT_POLICY": "passive",
@@ -172,7 +175,7 @@ def unlike(rows, workloads):
         if float(row["steps"]) * workload.rounds != workload.steps * rounds:
             problems.append(f"{case}: {row['steps']} steps in {row['rounds']} rounds")
         like = float(reference[row["workload"]]["test_loss"])
-        if rounds == workload.rounds and abs(expected - like) > TOLERANCE * like:
+        if rounds == workload.rounds and abs(expected - like) > TOLERANCE:
             problems.append(f"{case}: test loss {expected}, reference {like}")
     return problems
 
@@ -189,7 +192,7 @@ def missed(rows):
 
 
 def table(rows):
-    """The rows as the Markdown tables of docs/benchmarks.md."""
+    """The goals and the rows as Markdown, for docs/benchmarks.md."""
     from common import shown
 
     columns = "framework", "version", "seconds", "until round 1, s", "CPU s", "MB"
@@ -197,7 +200,7 @@ def table(rows):
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
     keys = "seconds startup_s cpu_s peak_mb seconds_to_ours memory_to_ours"
     keys = f"{keys} seconds_to_bare test_loss".split()
-    text = ""
+    text = f"\nGoals that are missed: {'; '.join(missed(rows)) or 'none'}.\n"
     for workload in dict.fromkeys(row["workload"] for row in rows):
         own = [row for row in rows if row["workload"] == workload]
         text += f"\n### {workload}\n\n{head}"
@@ -237,7 +240,7 @@ def main():
     load = f"{os.getloadavg()[0]:.1f}"
     smoke = "--smoke" in sys.argv
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(1 if smoke else 3):
+        for seed in range(1 if smoke else RUNS):
             for name, workload in [(n, w) for w in ("W1", "W2") for n in versions]:
                 if seed == 0 or (name, workload) not in FEWER_ROUNDS:
                     found = measure(name, workload, seed, Path(folder))
@@ -254,7 +257,7 @@ def main():
     if not smoke:
         write(rows, circumstances() | dict(load_before=load))
     problems = unlike(rows, WORKLOADS)
-    print(*problems, *(f"goal missed: {case}" for case in missed(rows)), sep="\n")
+    print(*problems, sep="\n")
     return int(bool(problems or missed(rows)))
 
 

@@ -41,7 +41,7 @@ class Workload:
 WORKLOADS = {
     "W1": Workload(silos=4, images=1000, sampled=4, batch_size=32, rounds=5),
     "W2": Workload(silos=100, images=100, sampled=10, batch_size=20, rounds=20),
-    "tiny": Workload(silos=4, images=100, sampled=2, batch_size=20, rounds=2),
+    "tiny": Workload(silos=2, images=600, sampled=2, batch_size=20, rounds=3),
 }
 
 
