@@ -200,7 +200,10 @@ def table(rows):
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
     keys = "seconds startup_s cpu_s peak_mb seconds_to_ours memory_to_ours"
     keys = f"{keys} seconds_to_bare test_loss".split()
-    text = f"\nGoals that are missed: {'; '.join(missed(rows)) or 'none'}.\n"
+    runs = max(int(row["runs"]) for row in rows)
+    text = (
+        f"\nRuns of each: {runs}. Goals missed: {'; '.join(missed(rows)) or 'none'}.\n"
+    )
     for workload in dict.fromkeys(row["workload"] for row in rows):
         own = [row for row in rows if row["workload"] == workload]
         text += f"\n### {workload}\n\n{head}"
