@@ -1,7 +1,7 @@
 """NVFlare's simulator: its FedAvg recipe and four processes, each for one silo.
 
 With two processes, four silos take turns in them and a new one starts at every turn:
-that took three times as long.
+that took longer.
 """
 
 import os
