@@ -42,7 +42,7 @@ WORKLOADS = {
     "W1": Workload(silos=4, images=1000, sampled=4, batch_size=32, rounds=5),
     "W2": Workload(silos=100, images=100, sampled=10, batch_size=20, rounds=20),
     # One batch per silo: no order of batches, so all must agree to rounding.
-    "tiny": Workload(silos=3, images=100, sampled=3, batch_size=100, rounds=3),
+    "tiny": Workload(silos=4, images=100, sampled=4, batch_size=100, rounds=3),
 }
 
 
