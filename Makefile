@@ -4,7 +4,7 @@ BIN := .venv/bin
 NB ?=
 ARGS ?=
 
-.PHONY: run lab test quick test-browser notebooks timings docs bench bench-full setup setup-dev format clean
+.PHONY: run lab test quick test-browser notebooks timings docs bench bench-full bench-peers setup setup-dev format clean
 
 run: setup  ## execute the notebooks into runs/ and print the results
 	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
@@ -41,6 +41,9 @@ bench: setup-dev  ## speed against a reference in the same run; fails above its 
 bench-full: setup-dev  ## the same, longer, and rewrite docs/benchmarks.md from it
 	$(BIN)/python tests/benchmarks/run.py --full
 
+bench-peers: .venv-peers/.ready  ## whole runs of other frameworks (some GB on first use) and of ours
+	.venv-peers/bin/python tests/benchmarks/peers/measure.py $(ARGS)
+
 setup: .venv/.ready
 setup-dev: .venv/.ready-dev
 
@@ -58,9 +61,16 @@ setup-dev: .venv/.ready-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+.venv-peers/.ready: requirements.txt requirements-dev.txt tests/benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check \
+	  -r requirements-dev.txt -r tests/benchmarks/peers/requirements.txt
+	.venv-peers/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-peers runs build *.egg-info

@@ -1,16 +1,23 @@
 """The benchmarks' guard, and that docs/benchmarks.md says what was measured."""
 
+import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+sys.path.insert(1, str(ROOT / "tests/benchmarks/peers"))
 
 import bench_gpu  # noqa: E402
 import bench_scale  # noqa: E402
 import common  # noqa: E402
+import measure  # noqa: E402
+import workload  # noqa: E402
 
 CASE, (GOAL, BOUND) = (
     "update to disk and back",
@@ -116,3 +123,63 @@ def test_page_says_where_a_rounds_time_goes():
     assert len(cases) == 8
     for stages in cases.values():
         assert stages.pop("a round") == pytest.approx(sum(stages.values()), rel=1e-2)
+
+
+def test_page_has_the_table_of_other_frameworks_and_the_goals_that_are_missed():
+    page, rows = (ROOT / "docs/benchmarks.md").read_text(), measure.read_results()
+    _, _, part = page.partition("<!-- from peers.csv -->")
+    part, _, _ = part.partition("<!-- end of peers -->")
+    assert measure.table(rows) in part
+    for key in ("date", "machine", "python", "torch", "load_before"):
+        (value,) = {row[key] for row in rows}
+        assert f"- {key}: {value}" in part
+
+
+def test_other_frameworks_did_the_same_work():
+    rows = measure.read_results()
+    assert {row["framework"] for row in rows} == set(measure.PEERS)
+    assert measure.unlike(rows, workload.WORKLOADS) == []
+
+
+def peers(**flower):
+    """Rows of a made-up measurement."""
+    steps = workload.WORKLOADS["W1"].steps
+    same = dict(workload="W1", rounds=5, steps=steps, test_loss=0.2)
+    same |= dict(seconds_to_ours=2, memory_to_ours=3)
+    names = ("ours", measure.REFERENCE, "Flower", "pfl")
+    rows = [same | dict(framework=name) for name in names]
+    rows[2] |= flower
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("flower", "problem", "goal"),
+    [
+        ({}, [], []),
+        (dict(steps=619), ["Flower, W1: 619 steps in 5 rounds"], []),
+        (dict(test_loss=0.31), ["Flower, W1: test loss 0.31, reference 0.2"], []),
+        (dict(rounds=1, steps=124, test_loss=2.0), [], []),  # fewer rounds, as told
+        (dict(seconds_to_ours=1.9), [], ["Flower, W1, seconds"]),
+        (dict(memory_to_ours=2.9), [], ["Flower, W1, memory"]),
+    ],
+)
+def test_other_work_and_missed_goals_are_found(flower, problem, goal):
+    rows = peers(**flower)
+    assert measure.unlike(rows, workload.WORKLOADS) == problem
+    assert measure.missed(rows) == goal
+
+
+def test_our_simulation_and_a_bare_loop_reach_the_same_model(tmp_path, monkeypatch):
+    models, threads = [], torch.get_num_threads()
+    for script in ("ours", "bare"):
+        result = tmp_path / f"{script}.json"
+        monkeypatch.setattr(sys, "argv", [script, "tiny", str(result), "0"])
+        runpy.run_path(str(ROOT / f"tests/benchmarks/peers/{script}.py"))
+        torch.set_num_threads(threads)
+        found, tiny = json.loads(result.read_text()), workload.WORKLOADS["tiny"]
+        assert (found["steps"], len(found["ends"])) == (tiny.steps, tiny.rounds)
+        models.append(load_file(result.with_suffix(".safetensors")))
+    ours, bare = models
+    torch.testing.assert_close(ours, bare, rtol=0, atol=1e-5)
+    start = workload.Model().state_dict()
+    assert all((ours[key] - start[key]).abs().max() > 1e-4 for key in start)

@@ -233,15 +233,20 @@ def cnn_215k():
 
 
 def sgd_epoch(model, silo, lr, batch_size, rng):
-    """One epoch as anyone would write it by hand; incomplete batches are dropped."""
+    """One epoch as anyone would write it by hand; incomplete batches are dropped.
+
+    Returns the number of steps.
+    """
     x, y = silo.train
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=1e-4)
     order = torch.randperm(len(x), generator=rng).to(x.device)
-    for start in range(0, len(x) - batch_size + 1, batch_size):
+    starts = range(0, len(x) - batch_size + 1, batch_size)
+    for start in starts:
         batch = order[start : start + batch_size]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
+    return len(starts)
 
 
 ROUNDS_WHERE = "date", "machine", "load_before", "torch"

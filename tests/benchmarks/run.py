@@ -49,9 +49,14 @@ def write(rows, where):
         for row in rows:
             writer.writerow({key: digits(value) for key, value in row.items()} | where)
     bench_scale.draw()
-    marks = r"(<!-- from benchmarks.csv -->\n).*(\n<!-- end -->)"
     text = "\n".join(f"- {key}: {value}" for key, value in where.items())
     text = f"\n{text}\n{tables(read_results())}"
+    fill(text, "<!-- from benchmarks.csv -->", "<!-- end -->")
+
+
+def fill(text, begin, end):
+    """Replace what is between two marks of the page."""
+    marks = rf"({begin}\n).*(\n{end})"
     page = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
     PAGE.write_text(page)
 

@@ -1,0 +1,36 @@
+"""`fl_helpers.simulation.run_rounds`: silos in threads, one per core."""
+
+import threading
+import time
+
+from workload import LR, Model, arguments, silo, write_result
+
+from fl_helpers.aggregation import weighted_average
+from fl_helpers.simulation import run_rounds
+from fl_helpers.training import train_locally
+
+name, workload, path, seed = arguments()
+models, ends = threading.local(), []
+
+
+def client_update(params, silo, *, round_index, rng):
+    if not hasattr(models, "own"):  # each thread trains in a model of its own
+        models.own = Model()
+    models.own.load_state_dict(params)
+    options = dict(lr=LR, batch_size=workload.batch_size, rng=rng)
+    return train_locally(models.own, silo, epochs=1, **options)
+
+
+history = run_rounds(
+    Model().state_dict(),
+    [silo(name, k) for k in range(workload.silos)],
+    client_update,
+    weighted_average,
+    rounds=workload.rounds,
+    silos_per_round=workload.sampled,
+    seed=seed,
+    progress=False,
+    on_round=lambda record, params: ends.append(time.time()),
+)
+steps = sum(m["steps"] for r in history.rounds for m in r["train"].values())
+write_result(path, history.params, ends=ends, steps=steps)
