@@ -203,15 +203,17 @@ class ControlVariates:
                 "`model.state_dict() | zero_variates(model)`"
             )
         self._sum = {name: torch.zeros_like(c) for name, c in self._own.items()}
+        self._correction = {k: c - self._own[k] for k, c in self._shared.items()}
         self._steps = 0
 
     def correct(self, model: nn.Module) -> None:
         """Add c - c_k to the gradients of the model's parameters, in place."""
         for name, weight in model.named_parameters():
             if weight.grad is not None:
-                self._sum[name] += weight.grad.cpu()
-                correction = self._shared[name] - self._own[name]
-                weight.grad.add_(correction.to(weight.device))
+                for kept in (self._sum, self._correction):
+                    kept[name] = kept[name].to(weight.device)  # copies at most once
+                self._sum[name] += weight.grad
+                weight.grad.add_(self._correction[name])
         self._steps += 1
 
     def entries(self, *, participation: float = 1.0) -> dict[str, Tensor]:
@@ -225,7 +227,7 @@ class ControlVariates:
             raise ValueError("no gradient was seen; pass `correct` to train_locally")
         new: dict[str, Tensor] = {}
         for name, own in self._own.items():
-            mean = self._sum[name] / self._steps
+            mean = self._sum[name].cpu() / self._steps
             change = participation * (mean - own)
             new[f"variate.{name}"] = self._shared[name] + change
             new[f"own_variate.{name}"] = mean

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
 from fl_helpers.training import (
+    ControlVariates,
     classification_metrics,
     cosine_lr,
     evaluate,
@@ -20,6 +21,7 @@ from fl_helpers.training import (
     reestimate_statistics,
     train_locally,
     train_together,
+    zero_variates,
 )
 
 
@@ -338,21 +340,23 @@ class Crossings(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def crossings(silo, **options):
+def crossings(silo, *, scaffold=False, **options):
     model = batchnorm_model()
+    if scaffold:
+        variates = ControlVariates(model.state_dict() | zero_variates(model))
+        options["adjust_gradients"] = variates.correct
     with Crossings() as found:
         train(model, silo, device="meta", **options)
     return found.count
 
 
-@pytest.mark.parametrize("proximal_mu", [0.0, 0.1])
-def test_a_gpu_never_waits_in_a_step(silos, proximal_mu):
-    few, many = (
-        crossings(silos[0], batch_size=size, proximal_mu=proximal_mu)
-        for size in (20, 2)  # 2 steps and 20
+@pytest.mark.parametrize("how", [{}, {"proximal_mu": 0.1}, {"scaffold": True}])
+def test_a_gpu_never_waits_in_a_step(silos, how):
+    few, many = (  # 2 steps and 20
+        crossings(silos[0], batch_size=size, **how) for size in (20, 2)
     )
     assert few == many > len(batchnorm_model().state_dict())
-    two = crossings(silos[0], batch_size=2, epochs=2, proximal_mu=proximal_mu)
+    two = crossings(silos[0], batch_size=2, epochs=2, **how)
     assert two == many + 1  # an epoch's order of examples
 
 
