@@ -402,8 +402,8 @@ def _sgd_step(
 ) -> None:
     """One step of `torch.optim.SGD`, in place, by the function that is behind it.
 
-    The bits are the same; but whoever makes the object imports torch's compiler, which
-    takes a second or two and 150 MB in each process of a silo.
+    The bits are the same, but whoever makes the object imports torch's compiler: time
+    and memory in each process of a silo (docs/benchmarks.md).
     """
     moved = [k for k, weight in enumerate(weights) if weight.grad is not None]
     buffers = [velocity[k] for k in moved]
