@@ -58,7 +58,6 @@ MODULE = "sys.modules[__name__]"
 TIMED = [  # file of fl_helpers, where its functions are, and which
     ("exchange.py", MODULE, "read_model", "write_model", "read_update", "write_update"),
     ("training.py", MODULE, "train_locally"),
-    ("training.py", "torch.optim.SGD", "__init__"),
     ("client.py", MODULE, "load_client"),
     ("on_premises/controller.py", "RoundController", "_ask", "_read", "_save"),
     ("on_premises/executor.py", "SiteExecutor", "execute", "_global_model"),
@@ -75,9 +74,8 @@ TO, BACK = "model on its way: waiting, transfer", "update on its way: waiting, t
 NOTICED, LOAD = "the controller notices the answer", "data and own code load"
 SILO, SERVER = "silo: checks, hashes, ledger", "server: checks, hashes, ledger"
 AGGREGATE, SAVE = "aggregation", "checkpoint, or the next model"
-LAZY, END = "the first optimizer imports more of torch", "processes end"
-RUNNER, OTHER = "runner: folders, fingerprints", "other"
-STAGES = [TRAIN, START, LAZY, LOAD, TO, SILO, BACK, SERVER, NOTICED, AGGREGATE, SAVE]
+END, RUNNER, OTHER = "processes end", "runner: folders, fingerprints", "other"
+STAGES = [TRAIN, START, LOAD, TO, SILO, BACK, SERVER, NOTICED, AGGREGATE, SAVE]
 STAGES += [END, RUNNER, OTHER]
 
 
@@ -231,9 +229,6 @@ def of_job(times, found):
     stages |= dict(write_model=SAVE, train_locally=TRAIN, load_client=LOAD)
     cuts, between = [(RUNNER, times[1])], START
     for name, began, ended in found:
-        if name == "__init__":  # within the training that came before it
-            cuts[-1:] = [(TRAIN, began), (LAZY, ended), cuts[-1]]
-            continue
         cuts += [(between, began), (stages[name], ended)]
         between = AGGREGATE if aggregates and name.startswith("read") else OTHER
     return cuts + [(END, times[2]), (RUNNER, times[3])]
