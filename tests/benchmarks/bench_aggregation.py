@@ -83,7 +83,7 @@ def from_folders(states):
             extra, _ = extra_memory(ours)
             model = sum(value.nbytes for value in states[0].values())
             rows.append(row(f"{case}, extra memory", extra / model, unit="models"))
-        times = compare(partial(one_pass_over_files, folders), ours)
+        times = compare(partial(one_pass_over_files, folders), ours, pairs=3)
         rows.append(row(f"{case}, wall", times.wall, times=times))
     return rows
 
@@ -111,7 +111,7 @@ def main():
         runs += compare(reference, ours, pairs=5).runs
     times = summary(runs)
     rows.append(row("average of 100 updates, CPU", times.cpu, times=times))
-    times = compare(partial(one_pass, states), partial(sums, states))
+    times = compare(partial(one_pass, states), partial(sums, states), pairs=3)
     rows.append(row("the check for NaN alone, CPU", times.cpu, times=times))
     rows += from_folders(resnet_states())
     return report("weighted_average / one add_ per tensor, 11.2 M parameters", rows)

@@ -1,6 +1,6 @@
 """The robust rules against one add_ per tensor, on updates of a ResNet-18.
 
-8 updates; 32 once, and with --full in pairs, and 100 once. Each update has memory of
+8 updates; with --full also 32, and 100 once. Each update has memory of
 its own, as in a real round: numbers that do not fit into what is free are skipped.
 """
 
@@ -20,7 +20,7 @@ from fl_helpers.robust import (
     trimmed_mean,
 )
 
-PAIRS = {8: 5, 32: 5, 100: 1} if FULL else {8: 5, 32: 1}
+PAIRS = {8: 5, 32: 5, 100: 1} if FULL else {8: 5}
 
 
 def make_updates(start, number):

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from common import cnn_215k, compare, image_silos, report, row, sgd_epoch
+from common import FULL, cnn_215k, compare, image_silos, report, row, sgd_epoch
 from torch import nn
 
 from fl_helpers.aggregation import weighted_average
@@ -71,13 +71,14 @@ def bare_loop(model, silos, *, rounds, sampled, batch_size):
         params = mean
 
 
-def overhead(case, model, silos, *, rounds, sampled, batch_size):
+def overhead(case, model, silos, *, rounds, sampled, batch_size, pairs=5):
     """CPU time of run_rounds, in bare loops."""
     run = dict(rounds=rounds, silos_per_round=sampled, workers=1)
     loop = dict(rounds=rounds, sampled=sampled, batch_size=batch_size)
     times = compare(
         lambda: bare_loop(model, silos, **loop),
         lambda: federate(model, silos, batch_size, **run),
+        pairs=pairs,
     )
     return row(case, times.cpu, times=times)
 
@@ -105,7 +106,7 @@ def tabular_silos(num_silos, num_rows):
 def main():
     torch.set_num_threads(1)
     big, silos = cnn_215k(), image_silos(100, 100)
-    sample = dict(rounds=10, sampled=10, batch_size=20)
+    sample = dict(rounds=2, sampled=10, batch_size=20, pairs=15)
     few = dict(rounds=1, sampled=4, batch_size=32)
     rows = [
         overhead(
@@ -115,7 +116,7 @@ def main():
         overhead("4 silos x 1,000 images, CPU", big, image_silos(4, 1000), **few),
     ]
     tiny = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2))
-    for number in (10, 32):
+    for number in (10, 32) if FULL else (10,):
         case = f"{number} silos in one graph / one by one, tabular"
         tables = tabular_silos(number, 2000)
         rows.append(against_serial(case, tiny, tables, "CPU", batched=True))

@@ -43,7 +43,7 @@ def run(code):
 def first_training():
     """Rows of one step in a new process, against the same with torch.optim.SGD."""
     both = [f"{DATA}{code}{PEAK}" for code in (BY_HAND, OURS)]
-    times = compare(*(partial(run, code) for code in both))
+    times = compare(*(partial(run, code) for code in both), pairs=3)
     case = "first step of a process"
     rows = [row(f"{case} / torch.optim.SGD, CPU", times.cpu, times=times)]
     if sys.platform == "linux":  # there, in kB
