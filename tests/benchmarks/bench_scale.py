@@ -137,16 +137,19 @@ def draw(path=RESULTS):
         for axis, (kind, unit) in zip(axes, kinds.items(), strict=True):
             x = np.array([point[position] for point in points])
             y = [value[f"{label(*point)}, {kind}"] for point in points]
-            axis.loglog(x, y, "o-", label="measured")
+            axis.plot(x, y, "o-", label="measured")
             large = [
                 (n, value[case])
                 for n, point in zip(x, points, strict=True)
                 if (case := f"{label(*point)}, large pages, {kind}") in value
             ]
             if large:
-                axis.loglog(*zip(*large, strict=True), "s--", label="large pages")
-            if what != "rounds":  # a round costs the same, however many there are
-                axis.loglog(x, y[-1] * x / x[-1], ":", color="0.5", label="linear")
+                axis.plot(*zip(*large, strict=True), "s--", label="large pages")
+            if what == "rounds":
+                axis.set_ylim(bottom=0)
+            else:
+                axis.plot(x, y[-1] * x / x[-1], ":", color="0.5", label="linear")
+                axis.set(xscale="log", yscale="log")
             axis.set(xlabel=what, ylabel=unit)
         axes[0].legend()
         fig.savefig(path.with_name(f"scale_{what}.png"), metadata={"Software": None})
