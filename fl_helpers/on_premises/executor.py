@@ -28,7 +28,7 @@ from fl_helpers import exchange
 from fl_helpers.client import Client, load_client
 from fl_helpers.on_premises.gate import Unreleased, read_policy, unpack
 from fl_helpers.on_premises.guards import SiteGuard
-from fl_helpers.on_premises.site import read_site
+from fl_helpers.on_premises.site import PARENT, read_site
 from fl_helpers.simulation import Params, silo_rng
 from fl_helpers.training import Update
 
@@ -37,8 +37,11 @@ INITIAL = "initial.safetensors"  # beside the run's configuration, at every site
 
 
 def end_with_parent() -> None:
-    """End this process soon after the one that started it, however that one ended."""
-    parent = os.getppid()
+    """End this process soon after the one that started it, however that one ended.
+
+    A worker is told who that is: when it asks, its parent may be gone already.
+    """
+    parent = int(os.environ.get(PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -25,6 +25,7 @@ from nvflare.app_common.job_launcher.client_process_launcher import (
 from nvflare.utils.job_launcher_utils import get_credential_env
 
 HERE = "fl_helpers.on_premises"
+PARENT = "FL_PARENT"  # environment variable of a worker: the process that started it
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class RelaunchLauncher(ClientProcessJobLauncher):
         given = fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS) or {}
         command = shlex.split(self.get_command(job_meta, fl_ctx))
         environment = os.environ | get_credential_env(given)
+        environment |= {PARENT: str(os.getpid())}
         return Worker(command, environment, read_site(kit).relaunches)
 
 

@@ -49,7 +49,7 @@ def test_nothing_is_left_when_the_driver_is_ended_during_a_run(
         driver.kill()
         driver.communicate()
     assert driver.returncode != 0
-    wait_until(lambda: not marked(tmp_path), 90, "all processes end")
+    wait_until(lambda: not marked(tmp_path), 30, "all processes end")
 
 
 def test_a_process_that_cannot_start_is_reported_at_once(silos_yaml, tmp_path):
