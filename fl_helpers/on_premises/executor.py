@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -74,11 +73,10 @@ class SiteExecutor(Executor):
         self.keep_local, self.settings = keep_local, settings
         self.guard = SiteGuard()
         self.client: Client | None = None
+        end_with_parent()  # not at START_RUN: that waits for a server that may be gone
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         self.guard.handle_event(event_type, fl_ctx)
-        if event_type == EventType.START_RUN:
-            end_with_parent()
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal
