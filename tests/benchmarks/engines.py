@@ -75,7 +75,7 @@ class Work:
 
 class Ours:
     name, package = "fl_helpers/on_premises", "nvflare"
-    note = "mutual TLS; sandbox, guards, gate and ledger on; silos poll every 0.25 s"
+    note = "mutual TLS; sandbox, guards, gate and ledger on; silos poll every 0.1 s"
 
     def __init__(self, work):
         self.fleet = Fleet(work.silos_yaml, work.kits.parent)
