@@ -67,7 +67,7 @@ class RoundController(Controller):
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        super().__init__(task_check_period=0.1)
+        super().__init__()
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.spec, self.silos = spec, spec["silos"]
         self.lock = threading.Lock()  # answers come in by several threads
@@ -87,6 +87,8 @@ class RoundController(Controller):
             self.heard.add(fl_ctx.get_peer_context().get_identity_name())
 
     def start_controller(self, fl_ctx: FLContext) -> None:
+        # Seconds; NVFlare 2.9.0 does not pass on the constructor's task_check_period.
+        self.communicator._task_check_period = 0.05
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
         job, kept = fl_ctx.get_job_id(), set(self.spec["keep_local"])
         initial = load_file(Path(workspace.get_app_dir(job)) / CONFIG / INITIAL)

@@ -193,7 +193,7 @@ def write_job(run: Run, jobs: Path, sites: Collection[Site]) -> Path:
     rounds = {"id": "rounds", **_component(RoundController, {"spec": spec})}
     empty = ("components", "task_data_filters", "task_result_filters")
     base = {"format_version": 2, **{key: [] for key in empty}}
-    poll = {"task_request_interval": 0.25}  # seconds; by default 2
+    poll = {"task_request_interval": 0.1}  # seconds; by default 2
     _dump(
         folder / "meta.json",
         {
