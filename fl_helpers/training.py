@@ -137,8 +137,8 @@ def train_together(
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
     total_loss = torch.zeros(len(silos))
 
-    def loss_of(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(functional_call(model, dict(own), (x,)), y)
+    def loss_of(own: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(functional_call(model, own, (x,)), y)
 
     model.train()
     for step in range(max(steps)):
@@ -150,15 +150,13 @@ def train_together(
         total_loss[: len(active)] += losses
         for name, gradient in gradients.items():  # as torch.optim.SGD
             gradient.add_(now[name], alpha=weight_decay)
-            speed = velocity[name][: len(active)].mul_(momentum).add_(gradient)
-            now[name].sub_(speed, alpha=lr)
-    rows = {
-        k: {name: w[row] for name, w in weights.items()} for row, k in enumerate(order)
-    }
-    means = {k: total_loss[row].item() / steps[k] for row, k in enumerate(order)}
-    return [
-        _finished(silo, rows[k], means[k], steps[k], lr) for k, silo in enumerate(silos)
-    ]
+            step_of = velocity[name][: len(active)].mul_(momentum).add_(gradient)
+            now[name].sub_(step_of, alpha=lr)
+    updates = {}
+    for row, k in enumerate(order):
+        own, loss = {name: w[row] for name, w in weights.items()}, total_loss[row]
+        updates[k] = _finished(silos[k], own, loss.item() / steps[k], steps[k], lr)
+    return [updates[k] for k in range(len(silos))]
 
 
 def num_steps(num_examples: int, *, epochs: float, batch_size: int) -> int:
@@ -370,7 +368,7 @@ def _auroc(score: Tensor, positive: Tensor) -> float:
 def _finished(
     silo: SiloLike, state: Mapping[str, Tensor], loss: float, steps: int, lr: float
 ) -> Update:
-    """The update, its params copied to the CPU; or what went wrong."""
+    """The update, its params copied to the CPU, if they are finite; loss: per step."""
     params = {k: v.detach().to("cpu", copy=True) for k, v in state.items()}
     if not math.isfinite(loss) or not _all_finite(params):
         raise FloatingPointError(
@@ -469,6 +467,7 @@ def _seeded(
 
 
 def _draws(model: nn.Module) -> bool:
+    """Whether a forward pass in training mode draws random numbers."""
     return any(
         isinstance(module, nn.RReLU) or isinstance(rate, float) and rate > 0
         for module in model.modules()

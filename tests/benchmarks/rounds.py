@@ -10,7 +10,6 @@ last, and of jobs those that the round waited for. So the stages add up to the r
 
 import ctypes
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -22,7 +21,7 @@ import engines
 import pandas as pd
 import torch
 from common import ROUNDS_WHERE, read_results, rounds_table
-from run import PAGE, circumstances
+from run import PAGE, circumstances, fill
 
 import fl_helpers
 from fl_helpers import exchange, hospital
@@ -274,10 +273,8 @@ def main():
             print(pd.DataFrame(rows[-18:]).to_string(), flush=True)
     table = pd.DataFrame(rows).assign(**where)
     table.to_csv(RESULTS, index=False, float_format="%.4g")
-    marks = r"(<!-- from rounds.csv -->\n).*(<!-- end of rounds -->)"
-    text = rounds_table(read_results(RESULTS))
-    page = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
-    PAGE.write_text(page)
+    text = rounds_table(read_results(RESULTS)).removesuffix("\n")
+    fill(text, RESULTS.name, "end of rounds")
 
 
 if __name__ == "__main__":

@@ -39,24 +39,32 @@ def circumstances():
 
 def write(rows, where):
     """Results, figures, and the tables between the two marks of the page."""
+    write_csv(RESULTS, rows, COLUMNS, where)
+    bench_scale.draw()
+    fill(f"{listed(where)}\n{tables(read_results())}", RESULTS.name, "end")
+
+
+def write_csv(path, rows, columns, where):
+    """Four digits of each number; where: the same in all rows."""
 
     def digits(value):
         return f"{value:.4g}" if isinstance(value, float) else value
 
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS + list(where), lineterminator="\n")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns + list(where), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({key: digits(value) for key, value in row.items()} | where)
-    bench_scale.draw()
-    text = "\n".join(f"- {key}: {value}" for key, value in where.items())
-    text = f"\n{text}\n{tables(read_results())}"
-    fill(text, "<!-- from benchmarks.csv -->", "<!-- end -->")
 
 
-def fill(text, begin, end):
-    """Replace what is between two marks of the page."""
-    marks = rf"({begin}\n).*(\n{end})"
+def listed(where):
+    lines = "\n".join(f"- {key}: {value}" for key, value in where.items())
+    return f"\n{lines}"
+
+
+def fill(text, name, end):
+    """Replace what is between the marks of the page for one file of results."""
+    marks = rf"(<!-- from {name} -->\n).*(\n<!-- {end} -->)"
     page = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
     PAGE.write_text(page)
 
@@ -69,7 +77,7 @@ def main():
     scripts = [*sorted(here.glob("bench_*.py")), here / "strategies.py"]
     missed = []
     # Whether glibc gives memory back to the kernel, and asks for it again in the next
-    # step, is chance, and up to a tenth of a step: here it keeps what it has.
+    # step, is chance, and costs time: here it keeps what it has.
     keep = {"MALLOC_TRIM_THRESHOLD_": f"{10**9}", "MALLOC_MMAP_THRESHOLD_": f"{2**25}"}
     with tempfile.TemporaryDirectory() as folder:
         env["BENCH_ROWS"] = str(Path(folder, "rows"))

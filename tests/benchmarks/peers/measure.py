@@ -225,17 +225,10 @@ def write(rows, where):
     """The results, and the table between the two marks of the page."""
     import run
 
-    def digits(value):
-        return f"{value:.4g}" if isinstance(value, float) else value
-
-    with run.RESULTS.with_name("peers.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS + list(where), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: digits(value) for key, value in row.items()} | where)
-    text = "\n".join(f"- {key}: {value}" for key, value in where.items())
-    text = f"\n{text}\n{table(read_results())}"
-    run.fill(text, "<!-- from peers.csv -->", "<!-- end of peers -->")
+    path = run.RESULTS.with_name("peers.csv")
+    run.write_csv(path, rows, COLUMNS, where)
+    text = f"{run.listed(where)}\n{table(read_results())}"
+    run.fill(text, path.name, "end of peers")
 
 
 def main():
