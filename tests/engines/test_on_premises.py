@@ -279,7 +279,7 @@ def test_a_hospital_that_lies_costs_itself_only(fleet, silos, params):
 
 def test_straggler_is_left_out_and_asked_again(fleet, params, faults):
     faults("Hospital C", {1: "slow 5"})
-    run = new_run("straggler", params, rounds=14, quorum=2, deadline=3)
+    run = new_run("straggler", params, rounds=40, quorum=2, deadline=3)
     events = play(fleet, run)
     first, second, *later = of(events, "round_end")
     assert len(first["silos"]) == 3
