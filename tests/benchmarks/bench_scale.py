@@ -19,7 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FULL, RESULTS, extra_memory, free_memory, read_results, report, row
+from common import (
+    FULL,
+    RESULTS,
+    extra_memory,
+    free_memory,
+    read_results,
+    report,
+    row,
+    shown,
+)
 from torch import nn
 
 from fl_helpers.aggregation import weighted_average
@@ -130,11 +139,15 @@ def draw(path=RESULTS):
     from fl_helpers.plots import use_style
 
     use_style()
-    value = {row["case"]: float(row["value"]) for row in read_results(path)}
-    kinds = {"a round": "seconds per round", "memory of the run": "memory (MB)"}
+    rows = {row["case"]: row for row in read_results(path)}
+    value = {case: float(row["value"]) for case, row in rows.items()}
+    kinds = {  # of a row: label of its axis, name of its slope
+        "a round": ("seconds per round", "time of a round"),
+        "memory of the run": ("memory (MB)", "memory"),
+    }
     for position, (what, points) in enumerate(POINTS.items()):
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 3))
-        for axis, (kind, unit) in zip(axes, kinds.items(), strict=True):
+        for axis, (kind, (unit, name)) in zip(axes, kinds.items(), strict=True):
             x = np.array([point[position] for point in points])
             y = [value[f"{label(*point)}, {kind}"] for point in points]
             axis.plot(x, y, "o-", label="measured")
@@ -150,7 +163,10 @@ def draw(path=RESULTS):
             else:
                 axis.plot(x, y[-1] * x / x[-1], ":", color="0.5", label="linear")
                 axis.set(xscale="log", yscale="log")
+            fitted = rows[f"{name}, slope over {what}"]
+            title = f"slope: {shown(fitted['value'])} {fitted['unit']}"
             axis.set(xlabel=what, ylabel=unit)
+            axis.set_title(title, fontsize="medium")
         axes[0].legend()
         fig.savefig(path.with_name(f"scale_{what}.png"), metadata={"Software": None})
         plt.close(fig)
