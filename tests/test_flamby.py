@@ -1,17 +1,10 @@
-"""docs/results/flamby.csv is what tests/benchmarks/flamby.py computes."""
+"""docs/results/flamby.csv is what experiments/flamby.py computes."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location(
-    "flamby", ROOT / "tests/benchmarks/flamby.py"
-)
-flamby = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(flamby)
+from experiments import flamby
 
 
 def rows(source, seed):

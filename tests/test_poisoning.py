@@ -1,5 +1,4 @@
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,10 +300,10 @@ def test_flipped_labels_spoil_the_average_but_not_the_median():
     assert evaluate(median, honest)["accuracy"] > 0.8
 
 
-# -- the committed experiment (tests/benchmarks/poisoning.py)
+# -- the committed experiment (experiments/poisoning.py)
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-import poisoning as grid  # noqa: E402
+
+from experiments import poisoning as grid  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "docs/results/poisoning.csv"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_helpers import sandbox
+from fl_helpers.cross_silo import sandbox
 
 KINDS = ("bubblewrap", "landlock")
 
@@ -154,7 +154,7 @@ def test_the_program_ends_when_its_parent_is_killed(tmp_path, kind):
 
     code = f"""
 import subprocess, sys, time
-from fl_helpers import sandbox
+from fl_helpers.cross_silo import sandbox
 child = [sys.executable, "-c", "import time; time.sleep(61.5)"]
 subprocess.Popen(sandbox.sandboxed(child, read=[], write=[{str(tmp_path)!r}],
                                    kind={kind!r}))

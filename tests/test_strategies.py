@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -656,10 +655,10 @@ def test_cosines_by_hand():
     torch.testing.assert_close(cosines, torch.tensor(expected, dtype=torch.float64))
 
 
-# ---- the committed experiment (tests/benchmarks/strategies.py)
+# ---- the committed experiment (experiments/strategies.py)
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-import strategies as grid  # noqa: E402
+
+from experiments import strategies as grid  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 

@@ -32,11 +32,11 @@ import torch
 from common import image_silos
 from safetensors.torch import load_file, save_file
 
-from fl_helpers import hospital
 from fl_helpers.aggregation import weighted_average
+from fl_helpers.cross_silo import hospital
+from fl_helpers.cross_silo.on_premises import gate, provision
+from fl_helpers.cross_silo.on_premises.fleet import Fleet, Run
 from fl_helpers.models import small_cnn
-from fl_helpers.on_premises import gate, provision
-from fl_helpers.on_premises.fleet import Fleet, Run
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import run_rounds
 
@@ -59,7 +59,9 @@ class Work:
             own = dict(organisation=f"h{k}", data=f"{self.places[k]}")
             members.append(dict(name=silo.name, on_premises=own))
         shared = dict(organisation="coordinator", admin="admin@coordinator.org")
-        shared |= dict(host="localhost", port=0, client="fl_helpers.hospital:client")
+        shared |= dict(
+            host="localhost", port=0, client="fl_helpers.cross_silo.hospital:client"
+        )
         federation = dict(project="latency", on_premises=shared, silos=members)
         self.silos_yaml = folder / "silos.yaml"
         self.silos_yaml.write_text(json.dumps(federation))  # JSON is YAML
@@ -74,7 +76,7 @@ class Work:
 
 
 class Ours:
-    name, package = "fl_helpers/on_premises", "nvflare"
+    name, package = "fl_helpers/cross_silo/on_premises", "nvflare"
     note = "mutual TLS; sandbox, guards, gate and ledger on; silos poll every 0.1 s"
 
     def __init__(self, work):

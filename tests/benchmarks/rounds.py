@@ -24,10 +24,11 @@ from common import ROUNDS_WHERE, read_results, rounds_table
 from run import PAGE, circumstances, fill
 
 import fl_helpers
-from fl_helpers import exchange, hospital
-from fl_helpers.azure_ml import federation, pipeline, plan, run_locally
+from fl_helpers import exchange
+from fl_helpers.cross_silo import hospital
+from fl_helpers.cross_silo.azure_ml import federation, pipeline, plan, run_locally
+from fl_helpers.cross_silo.on_premises.fleet import Fleet
 from fl_helpers.models import small_cnn, torchvision_model
-from fl_helpers.on_premises.fleet import Fleet
 
 RESULTS = PAGE.parent / "results/rounds.csv"
 # On premises, and of the graph; the first one is not used.

@@ -4,7 +4,7 @@ import functools
 
 import yaml
 
-from fl_helpers.azure_ml import federation, pipeline, plan
+from fl_helpers.cross_silo.azure_ml import federation, pipeline, plan
 
 from . import hospital
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-from fl_helpers.on_premises import runs
-from fl_helpers.on_premises.site import Site
+from fl_helpers.cross_silo.on_premises import runs
+from fl_helpers.cross_silo.on_premises.site import Site
 
 from . import hospital
 from .conftest import METRICS

@@ -3,9 +3,9 @@
 import signal
 import sys
 
-from fl_helpers.on_premises import gate
-from fl_helpers.on_premises.fleet import Fleet
-from fl_helpers.on_premises.runs import Run
+from fl_helpers.cross_silo.on_premises import gate
+from fl_helpers.cross_silo.on_premises.fleet import Fleet
+from fl_helpers.cross_silo.on_premises.runs import Run
 
 from . import hospital
 from .conftest import METRICS

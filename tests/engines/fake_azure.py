@@ -20,7 +20,7 @@ import requests
 from urllib3 import HTTPResponse
 
 from fl_helpers import exchange
-from fl_helpers.azure_ml import plan, run_locally
+from fl_helpers.cross_silo.azure_ml import plan, run_locally
 
 PROVIDERS = "/providers/Microsoft.MachineLearningServices"
 WHEN = "2026-11-01T00:00:00Z"

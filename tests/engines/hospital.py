@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fl_helpers.client import Client
+from fl_helpers.cross_silo.turn import Client
 from fl_helpers.training import ControlVariates, Update, evaluate, train_locally
 
 

@@ -7,7 +7,7 @@ import pytest
 import requests
 import yaml
 
-from fl_helpers.azure_ml import client, plan, run_locally
+from fl_helpers.cross_silo.azure_ml import client, plan, run_locally
 
 from . import azure_trial, fake_azure
 
@@ -22,7 +22,7 @@ def blocks(language):
 def test_the_python_of_the_guide_runs(tmp_path, monkeypatch):
     from fl_helpers.models import small_cnn
 
-    example = yaml.safe_load((ROOT / "fl_helpers/silos.yaml").read_text())
+    example = yaml.safe_load((ROOT / "fl_helpers/cross_silo/silos.yaml").read_text())
     space = {"subscription_id": "1" * 8 + "-2222" * 3 + "-" + "3" * 12}
     example["azure_ml"]["workspace"] |= space
     monkeypatch.chdir(tmp_path)
@@ -85,7 +85,9 @@ def test_what_is_deployed_takes_the_parameters_of_the_guide():
     "message", re.findall(r"(?m)^\| `([^`|]+?)(?: \.\.\.)?`(?:, `([^`]+)`)? \|", GUIDE)
 )
 def test_messages_in_the_table_are_ours(message):
-    ours = [p.read_text() for p in (ROOT / "fl_helpers/azure_ml").rglob("*.py")]
+    ours = [
+        p.read_text() for p in (ROOT / "fl_helpers/cross_silo/azure_ml").rglob("*.py")
+    ]
     for text in filter(None, message):
         kind = re.sub(r"_\d{4}.*", "", text)  # a job's name has its kind
         if kind not in ("initial", "image build failed"):

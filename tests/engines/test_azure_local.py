@@ -13,9 +13,10 @@ import psutil
 import pytest
 import torch
 
-from fl_helpers import exchange, sandbox, simulation
+from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.azure_ml import plan, run_locally
+from fl_helpers.cross_silo import sandbox
+from fl_helpers.cross_silo.azure_ml import plan, run_locally
 
 from . import attacker, azure_trial, hospital
 

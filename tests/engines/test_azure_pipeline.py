@@ -11,12 +11,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from fl_helpers.azure_ml import federation, pipeline, plan
-from fl_helpers.on_premises import provision
+from fl_helpers.cross_silo.azure_ml import federation, pipeline, plan
+from fl_helpers.cross_silo.on_premises import provision
 
 from . import azure_trial
 
-ROOT = Path(federation.__file__).parents[2]
+ROOT = Path(federation.__file__).parents[3]
 EXAMPLE = ROOT / "fl_helpers" / "silos.yaml"
 
 

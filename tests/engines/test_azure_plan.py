@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fl_helpers.azure_ml import explain, plan
+from fl_helpers.cross_silo.azure_ml import explain, plan
 from fl_helpers.training import norm_entries
 
 from . import azure_trial
@@ -34,7 +34,7 @@ def legal(fed, tmp_path_factory):
         aggregate="FedAdam",
         trainable=[name for name, _ in model.named_parameters()],
         keep_local=norm_entries(model),
-        prepare="fl_helpers.hospital:prepare",
+        prepare="fl_helpers.cross_silo.hospital:prepare",
     )
     return job._to_dict()
 

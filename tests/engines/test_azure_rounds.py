@@ -7,7 +7,7 @@ import torch
 
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import make_aggregate
-from fl_helpers.azure_ml import plan, rounds, run_locally
+from fl_helpers.cross_silo.azure_ml import plan, rounds, run_locally
 from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.training import norm_entries, zero_variates
 

@@ -13,9 +13,9 @@ import torch
 
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.azure_ml import client, plan, rounds
-from fl_helpers.azure_ml.preflight import preflight
-from fl_helpers.azure_ml.problems import AzureProblem, explain
+from fl_helpers.cross_silo.azure_ml import client, plan, rounds
+from fl_helpers.cross_silo.azure_ml.preflight import preflight
+from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, explain
 
 from . import azure_trial, fake_azure, hospital
 
@@ -414,7 +414,7 @@ IPython.get_ipython = Jupyter
 import requests
 from pathlib import Path
 from tests.engines import azure_trial, fake_azure
-from fl_helpers.azure_ml import client, federation
+from fl_helpers.cross_silo.azure_ml import client, federation
 found = federation.read_federation(sys.argv[1])
 fake = fake_azure.FakeAzure(found, Path(sys.argv[1]).parent)
 real = requests.adapters.HTTPAdapter.send
@@ -453,4 +453,4 @@ def test_there_is_one_way_to_connect():
         for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
         if bare.search(line) and name != Path(__file__).relative_to(ROOT).as_posix()
     ]
-    assert found == ["fl_helpers/azure_ml/client.py"]
+    assert found == ["fl_helpers/cross_silo/azure_ml/workspace.py"]

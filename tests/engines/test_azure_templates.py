@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fl_helpers.azure_ml import federation
+from fl_helpers.cross_silo.azure_ml import federation
 
 HERE = Path(__file__).parents[2] / "docs" / "azure"
 FILES = sorted(HERE.rglob("*.bicep"))
@@ -172,7 +172,9 @@ def test_its_outputs_are_a_silos_yaml(tmp_path):
     space = space.replace("${subscription().subscriptionId}", number)
     space = space.replace("${prefix}", "flchest")
     space = space.replace("${workspace.outputs.name}", "flchest-workspace")
-    example = yaml.safe_load((HERE.parents[1] / "fl_helpers/silos.yaml").read_text())
+    example = yaml.safe_load(
+        (HERE.parents[1] / "fl_helpers/cross_silo/silos.yaml").read_text()
+    )
     example["silos"] = yaml.safe_load("\n".join(lines))
     example["azure_ml"]["workspace"] = yaml.safe_load(space)
     (tmp_path / "silos.yaml").write_text(yaml.safe_dump(example))

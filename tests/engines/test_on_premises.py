@@ -14,10 +14,10 @@ from nvflare.app_common.job_launcher.client_process_launcher import (
 )
 
 from fl_helpers import aggregation, robust
-from fl_helpers.on_premises import gate, provision, runs
-from fl_helpers.on_premises.fleet import Fleet
-from fl_helpers.on_premises.runs import Run, RunError
-from fl_helpers.on_premises.site import RelaunchLauncher
+from fl_helpers.cross_silo.on_premises import gate, provision, runs
+from fl_helpers.cross_silo.on_premises.fleet import Fleet
+from fl_helpers.cross_silo.on_premises.runs import Run, RunError
+from fl_helpers.cross_silo.on_premises.site import RelaunchLauncher
 from fl_helpers.simulation import run_rounds, silo_rng
 from fl_helpers.training import norm_entries, zero_variates
 

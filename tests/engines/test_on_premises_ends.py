@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fl_helpers.on_premises import provision
-from fl_helpers.on_premises.fleet import MARK, Fleet
-from fl_helpers.on_premises.runs import RunError
+from fl_helpers.cross_silo.on_premises import provision
+from fl_helpers.cross_silo.on_premises.fleet import MARK, Fleet
+from fl_helpers.cross_silo.on_premises.runs import RunError
 
 from .conftest import wait_until
 

@@ -27,12 +27,19 @@ from nvflare.fuel.f3.message import Message
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
-from fl_helpers.on_premises import controller, executor, gate, provision, runs, site
-from fl_helpers.on_premises.guards import HubGuard, SiteGuard
-from fl_helpers.on_premises.runs import RunError
+from fl_helpers.cross_silo.on_premises import (
+    controller,
+    executor,
+    gate,
+    provision,
+    runs,
+    site,
+)
+from fl_helpers.cross_silo.on_premises.guards import HubGuard, SiteGuard
+from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.training import Update
 
-EXAMPLE = Path(exchange.__file__).with_name("silos.yaml")
+EXAMPLE = Path(exchange.__file__).with_name("cross_silo") / "silos.yaml"
 
 
 # ---- silos.yaml and start-up kits
@@ -427,7 +434,7 @@ def test_a_worker_that_ends_or_is_stopped_is_not_started_again():
 def test_a_process_ends_with_its_parent(tmp_path):
     """The child of a process that is killed is gone, too, soon after."""
     child = (
-        "from fl_helpers.on_premises.executor import end_with_parent\n"
+        "from fl_helpers.cross_silo.on_premises.executor import end_with_parent\n"
         "import os, sys, time\n"
         "end_with_parent()\n"
         "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
@@ -454,7 +461,7 @@ def test_a_process_ends_with_its_parent(tmp_path):
 
 COUNTING = """
 from types import SimpleNamespace
-from fl_helpers.client import Client
+from fl_helpers.cross_silo.turn import Client
 from fl_helpers.training import Update
 
 def client(data, settings):

@@ -18,10 +18,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fl_helpers import sandbox
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.on_premises import executor, gate, runs
-from fl_helpers.on_premises.site import Site, harden_server, harden_site, read_site
+from fl_helpers.cross_silo import sandbox
+from fl_helpers.cross_silo.on_premises import executor, gate, runs
+from fl_helpers.cross_silo.on_premises.site import (
+    Site,
+    harden_server,
+    harden_site,
+    read_site,
+)
 from fl_helpers.simulation import run_rounds
 
 from . import coordinator, hospital

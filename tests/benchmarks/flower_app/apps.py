@@ -9,7 +9,7 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file, save_file
 
-from fl_helpers import hospital
+from fl_helpers.cross_silo import hospital
 from fl_helpers.simulation import silo_rng
 
 client = ClientApp()

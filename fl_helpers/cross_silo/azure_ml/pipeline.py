@@ -26,12 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fl_helpers.aggregation import make_aggregate
-from fl_helpers.azure_ml.federation import Federation, Party, place
+from fl_helpers.cross_silo.azure_ml.federation import Federation, Party, place
 from fl_helpers.robust import ROBUST_RULES
 
 logging.getLogger("azure.ai.ml").setLevel("ERROR")  # notes on experimental classes
 
 JOBS = Path(__file__).resolve().parent / "jobs"
+PACKAGE = JOBS.parents[2]
 IMAGE = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:20260715.v1"
 SCRIPTS = {
     "silo": ("prepare", "train", "evaluate"),
@@ -138,8 +139,10 @@ def write_snapshots(
         (code / part / "fl_helpers").mkdir(parents=True)
         for name in ("common.py", ".amlignore", *(f"{s}.py" for s in scripts)):
             shutil.copyfile(JOBS / name, code / part / name)
-        for path in JOBS.parents[1].glob("*.py"):
-            shutil.copyfile(path, code / part / "fl_helpers" / path.name)
+        for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("cross_silo/*.py")]:
+            target = code / part / "fl_helpers" / path.relative_to(PACKAGE)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
         text = json.dumps(content, indent=1) + "\n"
         (code / part / "run.json").write_text(text, encoding="utf-8")
     for path in own:

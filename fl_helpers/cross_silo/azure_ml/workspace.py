@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fl_helpers import exchange
-from fl_helpers.azure_ml.federation import Federation
-from fl_helpers.azure_ml.plan import check_plan, read_plan
-from fl_helpers.azure_ml.problems import AzureProblem, in_plain_words
+from fl_helpers.cross_silo.azure_ml.federation import Federation
+from fl_helpers.cross_silo.azure_ml.plan import check_plan, read_plan
+from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, in_plain_words
 
 LAST = ("Completed", "Failed", "Canceled")
 Metrics = list[dict[str, Any]]

@@ -20,7 +20,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from torch import Tensor
 
 from fl_helpers import exchange
-from fl_helpers.on_premises.site import read_site, write_local
+from fl_helpers.cross_silo.on_premises.site import read_site, write_local
 from fl_helpers.training import Update
 
 

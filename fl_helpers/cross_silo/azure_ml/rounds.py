@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fl_helpers.azure_ml.federation import Federation, Party
-from fl_helpers.azure_ml.pipeline import build_pipeline
+from fl_helpers.cross_silo.azure_ml.federation import Federation, Party
+from fl_helpers.cross_silo.azure_ml.pipeline import build_pipeline
 
 Metrics = list[dict[str, Any]]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_helpers.azure_ml.federation import Federation, Party
-from fl_helpers.azure_ml.plan import Flow, Plan, check_plan, digest
+from fl_helpers.cross_silo.azure_ml.federation import Federation, Party
+from fl_helpers.cross_silo.azure_ml.plan import Flow, Plan, check_plan, digest
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from nvflare.app_common.job_launcher.client_process_launcher import (
 )
 from nvflare.utils.job_launcher_utils import get_credential_env
 
-HERE = "fl_helpers.on_premises"
+HERE = "fl_helpers.cross_silo.on_premises"
 PARENT = "FL_PARENT"  # environment variable of a worker: the process that started it
 
 

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_helpers import client, hospital
+from fl_helpers.cross_silo import hospital
+from fl_helpers.cross_silo import turn as client
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import silo_rng
 
 
 def test_the_hospitals_function_is_loaded_by_file_or_by_module(tmp_path):
-    code = "from fl_helpers.client import Client\n"
+    code = "from fl_helpers.cross_silo.turn import Client\n"
     code += "def make(data, settings): return Client((data, settings), None)\n"
     code += "def other(data, settings): return 3\n"
     (tmp_path / "mine.py").write_text(code)
@@ -34,7 +35,9 @@ def test_the_example_trains_what_was_saved(tmp_path):
     silo = Silo("Hospital A", train, Examples(x[12:], y[12:]))  # of the same memory
     hospital.save_silo(silo, tmp_path)
     settings = {"num_classes": 2, "rounds": 1, "epochs": 1, "lr": 0.1, "batch_size": 4}
-    own = client.load_client("fl_helpers.hospital:client", tmp_path, settings)
+    own = client.load_client(
+        "fl_helpers.cross_silo.hospital:client", tmp_path, settings
+    )
     assert own.silo.name == "Hospital A" and own.silo.test.x.equal(x[12:])
     params = small_cnn(2).state_dict()
     before = {name: value.clone() for name, value in params.items()}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fl_helpers.azure_ml.client import sign_in
-from fl_helpers.azure_ml.federation import Federation, Party
-from fl_helpers.azure_ml.problems import AzureProblem, explain
+from fl_helpers.cross_silo.azure_ml.federation import Federation, Party
+from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, explain
+from fl_helpers.cross_silo.azure_ml.workspace import sign_in
 
 ARM, PROVIDER = "https://management.azure.com", "Microsoft.MachineLearningServices"
 NEEDED = [  # what somebody must be allowed to do in the workspace to send a run

@@ -2,7 +2,7 @@
 
 The same scripts run, from the same code snapshots and with the same arguments as on
 Azure ML. What differs: the environment is this Python, and there are no identities;
-what a job may reach is decided by `check_plan` and held by `fl_helpers.sandbox`. There
+what a job may reach is decided by `check_plan` and held by `fl_helpers.cross_silo.sandbox`. There
 is no shell that could interpret a value.
 """
 
@@ -22,9 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_helpers import sandbox
-from fl_helpers.azure_ml.federation import Federation
-from fl_helpers.azure_ml.plan import SLOT, Flow, Job, Plan, check_plan, digest
+from fl_helpers.cross_silo import sandbox
+from fl_helpers.cross_silo.azure_ml.federation import Federation
+from fl_helpers.cross_silo.azure_ml.plan import (
+    SLOT,
+    Flow,
+    Job,
+    Plan,
+    check_plan,
+    digest,
+)
 from fl_helpers.exchange import read_ledger
 
 
@@ -186,7 +193,7 @@ class _Runner:
         )
         environment = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
         environment |= {"HOME": str(work), "TMPDIR": str(work), "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(Path(sandbox.__file__).parents[1])
+        environment["PYTHONPATH"] = str(Path(sandbox.__file__).parents[2])
         with (self.folder / "logs" / f"{job.name}.log").open("wb") as log:
             return subprocess.Popen(
                 command,

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from fl_helpers import exchange
 from fl_helpers.aggregation import make_aggregate
-from fl_helpers.on_premises.controller import RoundController
-from fl_helpers.on_premises.executor import INITIAL, SiteExecutor
-from fl_helpers.on_premises.site import Site
+from fl_helpers.cross_silo.on_premises.controller import RoundController
+from fl_helpers.cross_silo.on_premises.executor import INITIAL, SiteExecutor
+from fl_helpers.cross_silo.on_premises.site import Site
 from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.simulation import Params
 

@@ -24,10 +24,10 @@ from nvflare.apis.signal import Signal
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
-from fl_helpers.client import Client, load_client
-from fl_helpers.on_premises.gate import Unreleased, read_policy, unpack
-from fl_helpers.on_premises.guards import SiteGuard
-from fl_helpers.on_premises.site import PARENT, read_site
+from fl_helpers.cross_silo.on_premises.gate import Unreleased, read_policy, unpack
+from fl_helpers.cross_silo.on_premises.guards import SiteGuard
+from fl_helpers.cross_silo.on_premises.site import PARENT, read_site
+from fl_helpers.cross_silo.turn import Client, load_client
 from fl_helpers.simulation import Params, silo_rng
 from fl_helpers.training import Update
 

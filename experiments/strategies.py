@@ -1,8 +1,8 @@
 """What helps when hospitals differ: every strategy on every federation, many seeds.
 
-    python tests/benchmarks/strategies.py tune   # docs/results/strategies_tuning.csv
-    python tests/benchmarks/strategies.py grid   # strategies.csv, diagnosis.csv
-    python tests/benchmarks/strategies.py        # a quick look: one seed, prints only
+    python -m experiments.strategies tune   # docs/results/strategies_tuning.csv
+    python -m experiments.strategies grid   # strategies.csv, diagnosis.csv
+    python -m experiments.strategies        # a quick look: one seed, prints only
 
 Each strategy gets the same tuning effort in each federation: six settings, on
 validation sets cut from the training sets, with seeds that nothing else uses. All take
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from grids import run_jobs
 
+from experiments.grids import run_jobs
 from fl_helpers import aggregation as server
 from fl_helpers.data import drop_duplicates, load_heart_disease, load_medmnist
 from fl_helpers.federated_statistics import (
@@ -56,8 +56,8 @@ from fl_helpers.training import (
     zero_variates,
 )
 
-RESULTS = Path(__file__).parents[2] / "docs/results"
-RAW = Path(__file__).parents[2] / "runs"  # rows as they are computed, to go on from
+RESULTS = Path(__file__).parents[1] / "docs/results"
+RAW = Path(__file__).parents[1] / "runs"  # rows as they are computed, to go on from
 ROUNDS, LOCAL_EPOCHS, BATCH_SIZE, MOMENTUM = 12, 2, 16, 0.9
 SIZES, TEST_SHARE, VALIDATION_SHARE = (1200, 900, 600, 300), 0.75, 0.25
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import psutil
 
-from fl_helpers import exchange, sandbox
-from fl_helpers.on_premises import provision, runs, site
-from fl_helpers.on_premises.runs import Run, RunError
+from fl_helpers import exchange
+from fl_helpers.cross_silo import sandbox
+from fl_helpers.cross_silo.on_premises import provision, runs, site
+from fl_helpers.cross_silo.on_premises.runs import Run, RunError
 from fl_helpers.simulation import Params
 
 if sys.platform == "win32":
@@ -213,7 +214,7 @@ class Fleet:
         link = self.folder / "code" / "fl_helpers"
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(Path(__file__).resolve().parent.parent)
+        link.symlink_to(Path(__file__).resolve().parents[2])
 
     def _environment(self, kit: Path) -> dict[str, str]:
         """Nothing of ours but the search path and the language."""

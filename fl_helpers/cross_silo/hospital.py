@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fl_helpers.client import Client
+from fl_helpers.cross_silo.turn import Client
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import Params

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from fl_helpers.on_premises.site import Site, harden_server, harden_site
+from fl_helpers.cross_silo.on_premises.site import Site, harden_server, harden_site
 
 LOOPBACK = ("localhost", "127.0.0.1")
 SHAPES = {  # each key of the file, and what the certificates and the engine can take

@@ -23,7 +23,13 @@ from typing import Any
 
 import yaml
 
-from fl_helpers.azure_ml.federation import MODELS, PATH, UPDATES, Federation, Party
+from fl_helpers.cross_silo.azure_ml.federation import (
+    MODELS,
+    PATH,
+    UPDATES,
+    Federation,
+    Party,
+)
 
 KNOWN = {  # keys that a plan may have; what stands at any other must be empty
     "plan": "$schema type name display_name experiment_name description tags settings "

@@ -1,9 +1,9 @@
 """What privacy costs, and what attacks find without it; many seeds.
 
-    python tests/benchmarks/privacy.py tune     # docs/results/privacy_tuning.csv
-    python tests/benchmarks/privacy.py grid     # docs/results/privacy.csv
-    python tests/benchmarks/privacy.py attacks  # docs/results/privacy_attacks.csv
-    python tests/benchmarks/privacy.py          # a quick look: one seed, prints only
+    python -m experiments.privacy tune     # docs/results/privacy_tuning.csv
+    python -m experiments.privacy grid     # docs/results/privacy.csv
+    python -m experiments.privacy attacks  # docs/results/privacy_attacks.csv
+    python -m experiments.privacy          # a quick look: one seed, prints only
 
 Four hospitals of `synthetic_cxr`. Learning rate, momentum and number of steps of DP-SGD
 are chosen for each epsilon, on validation sets and seeds that nothing else uses; the
@@ -23,9 +23,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from grids import run_jobs
 from torch import nn
 
+from experiments.grids import run_jobs
 from fl_helpers import attacks
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.compression import (
@@ -50,8 +50,8 @@ from fl_helpers.simulation import run_alone, run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
 from fl_helpers.training import cosine_lr, evaluate, train_locally
 
-RESULTS = Path(__file__).parents[2] / "docs/results"
-RAW = Path(__file__).parents[2] / "runs"  # rows as they are computed, to go on from
+RESULTS = Path(__file__).parents[1] / "docs/results"
+RAW = Path(__file__).parents[1] / "runs"  # rows as they are computed, to go on from
 SIZES, TEST_SHARE, VALIDATION_SHARE = (1600, 1200, 800, 400), 0.5, 0.25
 ROUNDS, CLIP, DELTA = 10, 1.0, 1e-3
 EPSILONS = (math.inf, 8.0, 3.0, 1.0, 0.5)

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
 from fl_helpers.aggregation import make_aggregate
-from fl_helpers.on_premises.executor import CONFIG, INITIAL, end_with_parent
-from fl_helpers.on_premises.gate import pack, unpack
+from fl_helpers.cross_silo.on_premises.executor import CONFIG, INITIAL, end_with_parent
+from fl_helpers.cross_silo.on_premises.gate import pack, unpack
 from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.simulation import Metrics, Params
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
 from fl_helpers.aggregation import make_aggregate
-from fl_helpers.client import Client, load_client
+from fl_helpers.cross_silo.turn import Client, load_client
 from fl_helpers.robust import ROBUST_RULES
 
 HERE = Path(__file__).resolve().parent

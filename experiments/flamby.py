@@ -1,6 +1,6 @@
 """Fed-Heart-Disease as FLamby trains it, beside the figures that it publishes.
 
-    python tests/benchmarks/flamby.py    # docs/results/flamby.csv; two minutes
+    python -m experiments.flamby    # docs/results/flamby.csv; two minutes
 
 Logistic regression, accuracy. Local and centralized: Adam, learning rate 0.001, 50
 epochs; FedAvg: SGD, 0.001, 15 rounds of 100 steps; batches of 4. Each hospital's
@@ -25,7 +25,7 @@ from fl_helpers.silos import Examples, Silo, make_silos, partition_by_site
 from fl_helpers.simulation import run_rounds
 from fl_helpers.training import train_locally
 
-RESULTS = Path(__file__).parents[2] / "docs/results/flamby.csv"
+RESULTS = Path(__file__).parents[1] / "docs/results/flamby.csv"
 SEEDS, OTHER_SPLITS = range(42, 47), range(10)
 PUBLISHED = {  # accuracy in percent, hospitals in the order of names
     "local": (74.6, 74.6, 72.5, 70.2),

@@ -1,7 +1,7 @@
 """Which rule withstands which attack: rules x attacks x 0, 1 or 2 malicious of six.
 
-    python tests/benchmarks/poisoning.py grid   # docs/results/poisoning.csv
-    python tests/benchmarks/poisoning.py        # a quick look: one seed, prints only
+    python -m experiments.poisoning grid   # docs/results/poisoning.csv
+    python -m experiments.poisoning        # a quick look: one seed, prints only
 
 Scores are those of the four hospitals that are honest in every case. Rules are set for
 one malicious hospital, since nobody knows the number beforehand. Rows that the file has
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from grids import run_jobs
 
+from experiments.grids import run_jobs
 from fl_helpers import poisoning, robust
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import small_cnn
@@ -28,8 +28,8 @@ from fl_helpers.simulation import run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
 from fl_helpers.training import cosine_lr, evaluate, train_locally
 
-RESULTS = Path(__file__).parents[2] / "docs/results/poisoning.csv"
-RAW = Path(__file__).parents[2] / "runs/poisoning.csv"  # rows as they are computed
+RESULTS = Path(__file__).parents[1] / "docs/results/poisoning.csv"
+RAW = Path(__file__).parents[1] / "runs/poisoning.csv"  # rows as they are computed
 SIZES, TEST_SHARE = (960, 800, 640, 480, 400, 320), 0.75
 ROUNDS, LOCAL_EPOCHS, BATCH_SIZE, LR = 8, 2, 16, 0.04  # LR: docs/results/tuning.csv
 MALICIOUS = ("Hospital C", "Hospital D")  # with 18 % and 13 % of the training images

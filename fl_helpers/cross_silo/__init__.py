@@ -1,0 +1,1 @@
+"""What every real cross-silo run needs; the two engines below stand on it."""
