@@ -1,9 +1,10 @@
 """A process sees its own start-up kit and its own data folder, nothing else of ours.
 
-Run as a program (`python -m fl_helpers.cross_silo.sandbox`) it ties itself to the process that
-started it, locks itself in and becomes the real program: see `sandboxed`. bubblewrap if
-it works, else Landlock (Linux >= 5.13, no privileges needed), else a loud warning. A
-process that needs no network gets none (Landlock: no TCP); else firewalls decide.
+Run as a program (`python -m fl_helpers.cross_silo.sandbox`) it ties itself to the
+process that started it, locks itself in and becomes the real program: see `sandboxed`.
+bubblewrap if it works, else Landlock (Linux >= 5.13, no privileges needed), else a loud
+warning. A process that needs no network gets none (Landlock: no TCP); else firewalls
+decide.
 Standard library only: copy this file on its own.
 """
 

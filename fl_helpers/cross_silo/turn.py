@@ -1,22 +1,26 @@
-"""What a silo brings to a real run: its data, and the functions that a round calls.
+"""A silo's turn in a round: what it is sent, checked, trained on, and divided.
 
-The same `Client` serves every engine: the silo names one function, which finds the data
-and returns the functions that `simulation.run_rounds` would be given. A run sends plain
-settings, never code. Standard library and torch only: copy this file on its own.
+The same on every engine, and equal to `simulation.run_rounds`: an engine moves files,
+and what a silo does with them is here. The silo names one function, which finds its
+data and returns a `Client`; a run sends plain settings, never code.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from fl_helpers.cross_silo.run import Run
+from fl_helpers.exchange import Ledger, read_model
+from fl_helpers.simulation import Params, silo_rng
+from fl_helpers.training import Update
 
-Params = dict[str, Tensor]
+MOVED = {"fl_helpers.hospital": "fl_helpers.cross_silo.hospital"}  # kits name these
 
 
 @dataclass(frozen=True)
@@ -34,27 +38,93 @@ class Client:
 
 
 def load_client(
-    entry: str, data: str | Path, settings: Mapping[str, float | str]
+    entry: str, data: str | Path, settings: Mapping[str, float | str], *, silo: str
 ) -> Client:
     """Call a silo's function with the place of its data and the run's settings.
 
     entry: "module:function" or "/path/to/file.py:function"; it is called as
     function(data, settings), data a Path, settings a dict of plain numbers and texts,
-    and returns a `Client`. Raises ValueError for an entry of another form, whatever
-    importing it raises, and TypeError if it returns something else.
+    and returns a `Client`. silo: the name that the data must have.
+    Raises ValueError for an entry of another form and for data of another silo,
+    whatever importing the function raises, and TypeError if it returns something else.
+    """
+    client = load_function(entry)(Path(data), dict(settings))
+    if not isinstance(client, Client):
+        raise TypeError(f"{entry} must return a Client, got {type(client).__name__}")
+    if client.silo.name != silo:
+        raise ValueError(f"the data are of {client.silo.name!r}, this is {silo!r}")
+    return client
+
+
+def load_function(entry: str) -> Callable[..., Any]:
+    """The function that an entry names, see `load_client`.
+
+    Raises ValueError for an entry of another form, ImportError with the new place for
+    one that has moved, and whatever importing it raises.
     """
     place, _, name = entry.rpartition(":")
     if not place or not name.isidentifier():
         raise ValueError(
             f"the client must be module:function or file.py:function, got {entry!r}"
         )
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    client = getattr(module, name)(Path(data), dict(settings))
-    if not isinstance(client, Client):
-        raise TypeError(f"{entry} must return a Client, got {type(client).__name__}")
-    return client
+    if place in MOVED:
+        raise ImportError(
+            f"{entry!r} is of an older version; write {MOVED[place]}:{name} in the "
+            "silo's settings (client: in silos.yaml, or in the kit's local/site.json)"
+        )
+    if not place.endswith(".py"):
+        return getattr(importlib.import_module(place), name)
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def receive(
+    run: Run,
+    folder: str | Path,
+    own: Params,
+    *,
+    round_index: int,
+    expected: Params | None = None,
+    ledger: Ledger | None = None,
+) -> Params:
+    """The model that a turn starts from: what was sent, checked, and the silo's own.
+
+    folder: what `exchange.write_model` wrote, after `round_index` rounds. own: entries
+    that never leave the silo, as they are now. expected: what the silo takes, by its
+    own agreement; None is what the run says. Returns the entries in the model's order.
+    Raises `exchange.Refused` for what is not that model.
+    """
+    expected = run.shared if expected is None else expected
+    sent = read_model(folder, expected, round_index=round_index, ledger=ledger)
+    return {name: (sent | own)[name] for name in run.params}
+
+
+def train(
+    run: Run, client: Client, params: Params, *, round_index: int
+) -> tuple[Update, Params]:
+    """Test the model, train it, and divide the result.
+
+    params: from `receive`, not modified. Returns the update that may be released, with
+    the test's metrics, and the entries that stay in the silo.
+    """
+    metrics = _tested(client, params) if run.evaluate else {}
+    rng = silo_rng(run.seed, client.silo.name, round_index)
+    update = client.update(params, client.silo, round_index=round_index, rng=rng)
+    own = {name: update.params[name] for name in sorted(run.keep_local)}
+    sent = {k: v for k, v in update.params.items() if k not in own}
+    return replace(update, params=sent, metrics={**update.metrics, **metrics}), own
+
+
+def test(client: Client, params: Params) -> Update:
+    """Test the model only: its metrics, as an update without parameters."""
+    silo = client.silo
+    return Update(silo.name, {}, len(silo.train[0]), _tested(client, params))
+
+
+def _tested(client: Client, params: Params) -> dict[str, float]:
+    """Metrics on the silo's test set, those that are numbers, as "test_..."."""
+    found = client.evaluate(params, client.silo) if client.evaluate else {}
+    metrics = {f"test_{name}": float(value) for name, value in found.items()}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

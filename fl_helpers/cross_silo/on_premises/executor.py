@@ -96,10 +96,10 @@ class SiteExecutor(Executor):
     def _answer(self, task: str, message: Shareable) -> Update:
         site, round_index = read_site(self.kit), message["round"]
         if self.client is None:
-            self.client = load_client(site.client, site.data, self.settings)
+            self.client = load_client(
+                site.client, site.data, self.settings, silo=site.silo
+            )
         client, silo = self.client, self.client.silo
-        if silo.name != site.silo:
-            raise ValueError(f"the data are of {silo.name!r}, this is {site.silo!r}")
         params = self._global_model(message, round_index)
         params |= self._own_entries(round_index)
         params = {name: params[name] for name in self.names}

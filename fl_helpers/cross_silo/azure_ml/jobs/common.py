@@ -69,10 +69,8 @@ class Run:
 
     def load_client(self, data: Path, key: str) -> Client:
         """The silo's own functions; ValueError if the data are another silo's."""
-        client, silo = load_client(_here(self.client), data, self.settings), self.silos
-        if client.silo.name != silo[key]:
-            raise ValueError(f"data of {client.silo.name!r}; this is {silo[key]!r}")
-        return client
+        entry, silo = _here(self.client), self.silos[key]
+        return load_client(entry, data, self.settings, silo=silo)
 
     def load_prepare(self) -> Callable[[Path, Path, dict[str, Any]], None]:
         place, _, name = _here(self.prepare).rpartition(":")

@@ -1,0 +1,337 @@
+"""Who takes part in a federation, and where: the one reader of `silos.yaml`.
+
+The file names the project and its silos, and has one section for each engine that runs
+it; a section that nobody uses may be left out. Names become those of certificates,
+folders and cloud resources, so each value must match what all of these can take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOOPBACK = ("localhost", "127.0.0.1")
+RESERVED = ("server", "admin", "localhost")  # NVFlare's own participants
+ENGINES = ("on_premises", "azure_ml")
+ALONE = {  # what no two parties share on Azure ML, and its key in the file
+    "key": "name",
+    "compute": "azure_ml.compute",
+    "datastore": "azure_ml.datastore",
+}
+CLIENT = r"[^:]+:[A-Za-z_]\w*"
+COMPUTE, DATASTORE = r"[A-Za-z][A-Za-z0-9-]{1,31}", r"[A-Za-z0-9_]{1,255}"
+FOLDER, GUID = r"[\w.=-]+(/[\w.=-]+)*", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+SHAPES = {  # each key that a file or an engine's sections must have, and its value
+    "project": r"[A-Za-z0-9][\w-]{0,40}",
+    "silos[].name": r"[A-Za-z0-9][\w -]{0,60}",
+    "on_premises.admin": r"[\w.%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}",
+    "on_premises.client": CLIENT,
+    "on_premises.host": r"[A-Za-z0-9]([A-Za-z0-9.-]{0,60}[A-Za-z0-9])?",
+    "on_premises.organisation": r"\w{1,60}",
+    "on_premises.port": r"\d{1,5}",
+    "silos[].on_premises.organisation": r"\w{1,60}",
+    "silos[].on_premises.data": r".+",
+    "azure_ml.workspace.subscription_id": f"(?i:{GUID})",
+    "azure_ml.workspace.resource_group": r"[\w.()-]{1,90}",
+    "azure_ml.workspace.name": r"[A-Za-z0-9][\w-]{1,32}",
+    "azure_ml.orchestrator.compute": COMPUTE,
+    "azure_ml.orchestrator.datastore": DATASTORE,
+    "azure_ml.client": CLIENT,
+    "silos[].azure_ml.compute": COMPUTE,
+    "silos[].azure_ml.datastore": DATASTORE,
+    "silos[].azure_ml.data": FOLDER,
+}
+OPTIONAL = {
+    "azure_ml.released[]": r"[a-z]\w*",
+    "azure_ml.metrics[]": r"[A-Za-z]\w*",
+    "azure_ml.environment": r"azureml:[\w.-]+:[\w.-]+",
+    "azure_ml.orchestrator.instance_type": r"\w+",
+    "silos[].azure_ml.instance_type": r"\w+",
+    "silos[].azure_ml.outbox": DATASTORE,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A silo on its own premises: the organisation in its certificate, and the place of
+    its data, an absolute path."""
+
+    organisation: str
+    data: str
+
+
+@dataclass(frozen=True)
+class OnPremises:
+    """The coordinator's server, and the function that silos start with.
+
+    organisation, admin: in certificates; admin may start and stop runs. host, port:
+    where silos connect to; port 0 is any free one, on this machine. client: see
+    `turn.load_client`.
+    """
+
+    organisation: str
+    admin: str
+    host: str
+    port: int
+    client: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The Azure ML workspace that all jobs run in."""
+
+    subscription_id: str
+    resource_group: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Party:
+    """A silo, or the orchestrator, on Azure ML: what belongs to it alone.
+
+    data: the folder of a silo's data in its datastore. outbox: the orchestrator's
+    datastore that a silo writes its updates to. instance_type: for computes that offer
+    several (Kubernetes); "" is the compute's own.
+    """
+
+    name: str
+    compute: str
+    datastore: str
+    data: str = ""
+    outbox: str = ""
+    instance_type: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name as jobs and folders have it: "Hospital A" is "hospital_a"."""
+        return re.sub(r"[ -]", "_", self.name).lower()
+
+
+@dataclass(frozen=True)
+class AzureML:
+    """The workspace, the orchestrator in it, and what may leave a silo.
+
+    client: see `turn.load_client`. released: outputs of a silo's jobs that may leave
+    it. metrics: numbers that may. environment: a registered one,
+    "azureml:name:version", or "" for the one that is pinned in `jobs/`.
+    """
+
+    workspace: Workspace
+    orchestrator: Party
+    client: str
+    released: frozenset[str]
+    metrics: frozenset[str]
+    environment: str = ""
+
+
+@dataclass(frozen=True)
+class Silo:
+    """One hospital of a federation; None for an engine that the file does not use."""
+
+    name: str
+    on_premises: Machine | None
+    azure_ml: Party | None
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The content of a `silos.yaml`; silos in the order of their names."""
+
+    project: str
+    silos: tuple[Silo, ...]
+    on_premises: OnPremises | None
+    azure_ml: AzureML | None
+
+    def only(self, names: Collection[str]) -> Federation:
+        """The same federation with some of the silos, by name."""
+        unknown = sorted(set(names) - {silo.name for silo in self.silos})
+        if unknown:
+            raise ValueError(f"no such silos: {unknown}")
+        return replace(self, silos=tuple(s for s in self.silos if s.name in names))
+
+
+def read_federation(path: str | Path, *, engine: str | None = None) -> Federation:
+    """Read and check a `silos.yaml`.
+
+    engine: "on_premises" or "azure_ml", whose sections must be there; None takes those
+    that are. Relative paths are of the file's own folder.
+    Raises ValueError that names the file, the line and the key for anything missing,
+    unknown, ill-formed or used twice.
+    """
+    path = Path(path)
+    try:
+        content = _read(path.read_text(encoding="utf-8"))
+        used = [e for e in ENGINES if e == engine or content.uses(e)]
+        _check_complete(content, used)
+        return _to_federation(content, used, path.parent.resolve())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Values by keys such as "silos[1].name", and the line of each key."""
+
+    values: dict[str, Any]
+    lines: dict[str, int]
+
+    def error(self, key: str, what: str) -> ValueError:
+        """Names a key and its line; if it is not there, that of where it should be."""
+        at = key
+        while at not in self.lines:
+            at = re.sub(r"(\.?\w+|\[\d+\])$", "", at)
+        return ValueError(f"line {self.lines[at]}: {key} {what}")
+
+    def uses(self, engine: str) -> bool:
+        return any(re.match(rf"(silos\[\d+\]\.)?{engine}\b", k) for k in self.values)
+
+    def section(self, prefix: str, here: Path | None = None) -> dict[str, Any]:
+        """The values directly below a key; a client's file is in the folder here."""
+        own = {k.removeprefix(prefix): k for k in self.values if k.startswith(prefix)}
+        own = {name: self.values[k] for name, k in own.items() if name.isidentifier()}
+        if here and own["client"].split(":")[0].endswith(".py"):
+            own["client"] = str(here / own["client"])
+        return own
+
+    def listed(self, key: str) -> frozenset[str]:
+        return frozenset(v for k, v in self.values.items() if _general(k) == f"{key}[]")
+
+    def count(self) -> int:
+        """How many silos there are, or should be: Azure ML needs two."""
+        numbers = re.findall(r"silos\[(\d+)\]", " ".join(self.lines))
+        return max([int(self.uses("azure_ml")), *map(int, numbers)]) + 1
+
+
+def _read(text: str) -> _Content:
+    """The values of a file, each checked by itself."""
+    content = _Content({}, {"": 1})
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key, node in _nodes(root, "") if root else ():
+        line = node.start_mark.line + 1
+        if key and key in content.lines:
+            raise ValueError(f"line {line}: {key} is given twice")
+        content.lines[key] = line
+        if isinstance(node, yaml.ScalarNode):
+            content.values[key] = yaml.SafeLoader("").construct_object(node)
+            _check_value(content, key)
+    return content
+
+
+def _nodes(node: yaml.Node, key: str) -> Iterator[tuple[str, yaml.Node]]:
+    """All nodes of nested lists and mappings, with their keys."""
+    yield key, node
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _nodes(value, f"{key}.{name.value}" if key else name.value)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _nodes(value, f"{key}[{index}]")
+
+
+def _general(key: str) -> str:
+    return re.sub(r"\[\d+\]", "[]", key)
+
+
+def _check_value(content: _Content, key: str) -> None:
+    known, value = SHAPES | OPTIONAL, content.values[key]
+    shape = known.get(_general(key))
+    if shape is None:
+        below = [k for k in known if k.startswith(f"{_general(key)}.")]
+        what = "needs keys of its own" if below else "is not a known key"
+        raise content.error(key, f"{what}; known: {', '.join(below or known)}")
+    kind = int if key == "on_premises.port" else str
+    if type(value) is not kind or not re.fullmatch(shape, str(value), re.ASCII):
+        raise content.error(key, f"must match {shape}, got {value!r}")
+    if shape == FOLDER and {".", "..", "fl"} & set(value.split("/")):
+        why = f"must be a folder of its own, got {value!r}; runs write to fl/"
+        raise content.error(key, why)
+    if kind is int and value > 65535:
+        raise content.error(key, f"must be 0 to 65535, got {value}")
+
+
+def _check_complete(content: _Content, used: Collection[str]) -> None:
+    """Each silo, and each engine that is used, has all that it needs."""
+    others = [engine for engine in ENGINES if engine not in used]
+    wanted = [key for key in SHAPES if not any(other in key for other in others)]
+    for n in range(content.count()):
+        for key in (key.replace("[]", f"[{n}]") for key in wanted):
+            if key not in content.values:
+                raise content.error(key, "is missing")
+
+
+def _to_federation(content: _Content, used: Collection[str], here: Path) -> Federation:
+    names = [content.values[f"silos[{n}].name"] for n in range(content.count())]
+    on_premises = azure_ml = None
+    machines = parties = [None] * len(names)
+    if "on_premises" in used:
+        on_premises, machines = _on_premises(content, names, here)
+    if "azure_ml" in used:
+        azure_ml, parties = _azure_ml(content, names, here)
+    silos = sorted(map(Silo, names, machines, parties), key=lambda silo: silo.name)
+    return Federation(content.values["project"], tuple(silos), on_premises, azure_ml)
+
+
+def _on_premises(
+    content: _Content, names: list[str], here: Path
+) -> tuple[OnPremises, list[Machine]]:
+    own, machines, seen = content.section("on_premises.", here), [], [*RESERVED]
+    if own["port"] == 0 and own["host"] not in LOOPBACK:
+        why = "0 (any) is for localhost only; choose one"
+        raise content.error("on_premises.port", why)
+    for n, name in enumerate(names):
+        if (site := name.replace(" ", "-").lower()) in seen:  # as NVFlare has it
+            raise content.error(
+                f"silos[{n}].name", f"{name!r} is reserved or used twice"
+            )
+        seen.append(site)
+        place = content.section(f"silos[{n}].on_premises.")
+        machines.append(Machine(**place | {"data": str(here / place["data"])}))
+    return OnPremises(**own), machines
+
+
+def _azure_ml(
+    content: _Content, names: list[str], here: Path
+) -> tuple[AzureML, list[Party]]:
+    own = content.section("azure_ml.", here)
+    own["workspace"] = Workspace(**content.section("azure_ml.workspace."))
+    main = Party("orchestrator", **content.section("azure_ml.orchestrator."))
+    parties = [
+        Party(
+            name,
+            **{"outbox": main.datastore} | content.section(f"silos[{n}].azure_ml."),
+        )
+        for n, name in enumerate(names)
+    ]
+    _check_parties(content, main, parties)
+    lists = {key: content.listed(f"azure_ml.{key}") for key in ("released", "metrics")}
+    return AzureML(orchestrator=main, **own, **lists), parties
+
+
+def _check_parties(content: _Content, main: Party, silos: list[Party]) -> None:
+    """On Azure ML nobody shares a name, a compute or a datastore with somebody else."""
+    owners = {(what, getattr(main, what).lower()): main for what in ALONE}
+    for n, silo in enumerate(silos):
+        for what, key in ALONE.items():
+            value = getattr(silo, what)
+            other = owners.setdefault((what, value.lower()), silo)
+            if other is not silo:
+                raise content.error(
+                    f"silos[{n}].{key}",
+                    f"the {what} {value!r} is used twice, by {other.name!r} and "
+                    f"{silo.name!r}; each party needs its own",
+                )
+    for n, silo in enumerate(silos):
+        owner = owners.get(("datastore", silo.outbox.lower()), main)
+        if owner is not main:
+            raise content.error(
+                f"silos[{n}].azure_ml.outbox",
+                f"the outbox {silo.outbox!r} of {silo.name!r} belongs to "
+                f"{owner.name!r}; it must be a datastore of the orchestrator's",
+            )
