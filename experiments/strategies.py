@@ -25,13 +25,12 @@ import torch
 from experiments.grids import run_jobs
 from fl_helpers import aggregation as server
 from fl_helpers.data import drop_duplicates, load_heart_disease, load_medmnist
-from fl_helpers.federated_statistics import (
-    combine_statistics,
+from fl_helpers.differences import (
     feature_distance,
     image_features,
     label_divergence,
-    local_statistics,
 )
+from fl_helpers.federated_statistics import combine_statistics, local_statistics
 from fl_helpers.models import mlp, small_cnn
 from fl_helpers.plots import plot_matrix, use_style
 from fl_helpers.silos import (
@@ -275,7 +274,8 @@ def diagnose(silos):
         return local_statistics(silo.name, x, bin_edges=(0, 1))
 
     divergence = label_divergence(counts)
-    distance = feature_distance([summary(silo) for silo in silos])
+    sums = [summary(silo) for silo in silos]
+    distance = feature_distance(sums, combine_statistics(sums))
     total = sum(len(s.train.y) for s in silos)
     return [
         {

@@ -9,7 +9,7 @@ the round loop's business. Needs only torch: copy this file on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,8 +43,8 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
 
     Returns a new dict with the updates' names, shapes and dtypes; no input is modified.
     Raises ValueError, naming the silo, for an empty iterable, a silo that appears
-    twice, num_examples <= 0, keys, shapes or dtypes that differ from the first
-    update's, and NaN or infinite values.
+    twice, num_examples that is not a finite number > 0, keys, shapes or dtypes that
+    differ from the first update's, and NaN or infinite values.
     """
     mean: dict[str, Tensor] = {}
     layout: Layout = {}
@@ -72,13 +72,15 @@ class ServerRule:
     params: the model that the first round starts from. trainable: names of its
     parameters, `[name for name, _ in model.named_parameters()]`; only these are moved
     by the rule. Every other entry (BatchNorm statistics and counters, SCAFFOLD's
-    variates) is averaged: an optimizer step could make a variance negative.
+    variates) is averaged: an optimizer step could make a variance negative, and there
+    is none for a whole number.
 
     Calling a rule with the updates of a round returns the next global model, new
     tensors, with the updates' names; entries that stayed in the silos keep out. If an
     update is refused, nothing has changed. One object serves one run: its `state_dict`
     (flat, tensors only) is part of the run's checkpoint.
-    Raises ValueError for trainable names that params lacks, and as `weighted_average`.
+    Raises ValueError for trainable names that params lacks or that are no floating
+    entries, and as `weighted_average`.
     """
 
     memory: tuple[str, ...] = ()  # tensors kept for each trainable entry
@@ -86,11 +88,14 @@ class ServerRule:
     def __init__(self, params: Mapping[str, Tensor], trainable: Iterable[str]) -> None:
         self.params = {name: value.detach().clone() for name, value in params.items()}
         self.trainable = frozenset(trainable)
+        floating = {k for k, v in self.params.items() if v.is_floating_point()}
         unknown = sorted(self.trainable - self.params.keys())
-        if unknown or not self.trainable:
+        whole = sorted(self.trainable & self.params.keys() - floating)
+        if unknown or whole or not self.trainable:
             raise ValueError(
-                f"trainable must name entries of params, at least one; unknown: "
-                f"{unknown[:3]}"
+                "trainable must name floating entries of params, at least one; "
+                f"unknown: {unknown[:3]}, whole numbers: {whole[:3]}; take the names "
+                "from model.named_parameters(), not from its state_dict()"
             )
         self.rounds_done = 0
         self._memory = {
@@ -240,8 +245,9 @@ class FedYogi(FedOpt):
 class FedAdam(FedOpt):
     """FedOpt with v <- beta2 * v + (1 - beta2) * delta^2, and Adam's bias correction.
 
-    In round t the step is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), as in
-    `torch.optim.Adam` (Kingma and Ba 2015) and Flower; Reddi et al. leave it out.
+    In round t = 1, 2, ... the step is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t),
+    as in `torch.optim.Adam` (Kingma and Ba 2015). Flower 1.42 has t + 1 there, so that
+    its steps differ; Reddi et al. leave the factor out.
     """
 
     def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
@@ -279,6 +285,7 @@ class FedNova(ServerRule):
 
         def reweighted() -> Iterator[UpdateLike]:
             for update in updates:
+                _check_examples(update)
                 length = self._path_length(_metric(update, "steps"))
                 sums["unit"] = sums["unit"] or length
                 weight = update.num_examples * (sums["unit"] / length)
@@ -329,6 +336,7 @@ class QFedAvg(ServerRule):
 
         def reweighted() -> Iterator[UpdateLike]:
             for update in updates:
+                _check_examples(update)
                 loss = _metric(update, "loss_before") + 1e-10  # 0 has no power q - 1
                 weight = update.num_examples * loss**self.q
                 curvature = self.q * loss ** (self.q - 1) * self.lipschitz
@@ -378,26 +386,6 @@ def make_aggregate(
         return rules[name](params, trainable, **options)
     except TypeError as error:
         raise ValueError(f"{name} does not take {options}: {error}") from None
-
-
-def update_cosines(
-    updates: Iterable[UpdateLike],
-    params: Mapping[str, Tensor],
-    trainable: Collection[str],
-) -> Tensor:
-    """Cosine between each two silos' deltas: 1 = they pull the same way, 0 = unrelated.
-
-    params: the global model that the updates started from. Returns [K, K], in the
-    order of the updates; NaN for a silo that did not move.
-    """
-    deltas = []
-    for update in updates:
-        names = [name for name in update.params if name in trainable]
-        moved = [(update.params[k].double() - params[k]).flatten() for k in names]
-        deltas.append(torch.cat(moved))
-    directions = torch.stack(deltas)
-    unit = directions / directions.norm(dim=1, keepdim=True)
-    return unit @ unit.T
 
 
 @dataclass(frozen=True)
@@ -455,10 +443,15 @@ def _accumulate(
 def _check_header(update: UpdateLike, seen: set[str]) -> None:
     if update.silo in seen:
         raise ValueError(f"silo {update.silo!r} sent two updates; one per round counts")
-    if not update.num_examples > 0:
+    _check_examples(update)
+
+
+def _check_examples(update: UpdateLike) -> None:
+    n = update.num_examples  # True is 1 to Python; inf would outweigh everybody
+    if isinstance(n, bool) or not 0 < n < math.inf:
         raise ValueError(
-            f"silo {update.silo!r} reports num_examples={update.num_examples}; it must "
-            "be > 0: leave a silo without training data out of the round"
+            f"silo {update.silo!r} reports num_examples={n}; it must be a finite "
+            "number > 0: leave a silo without training data out of the round"
         )
 
 

@@ -7,7 +7,7 @@ eq. 2.1). Needs only numpy: copy this file on its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,59 +96,3 @@ def _combine_two(a: Statistics, b: Statistics) -> Statistics:
     mean = a.mean + difference * (b.count / count)
     squares = a.squares + b.squares + difference**2 * (a.count * b.count / count)
     return Statistics(a.silo, count, mean, squares, a.histogram + b.histogram)
-
-
-def label_divergence(counts: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """How far each silo's label mix is from the mix of all silos together.
-
-    counts: {silo: rows per class}, what `local_statistics` would count. Returns the
-    Jensen-Shannon distance per silo, 0 (the same mix) to 1 (no class in common): the
-    square root of the divergence in bits (Endres and Schindelin 2003).
-    """
-    table = np.array([list(row) for row in counts.values()], dtype=float)
-    if table.ndim != 2 or not (table.sum(axis=1) > 0).all() or (table < 0).any():
-        raise ValueError(
-            f"each silo needs rows per class, at least one: {dict(counts)}"
-        )
-    whole = table.sum(axis=0) / table.sum()
-
-    def entropy(mix: np.ndarray) -> float:
-        mix = mix[mix > 0]
-        return float(-(mix * np.log2(mix)).sum())
-
-    result = {}
-    for silo, row in zip(counts, table, strict=True):
-        mix = row / row.sum()
-        bits = entropy((mix + whole) / 2) - (entropy(mix) + entropy(whole)) / 2
-        result[silo] = max(bits, 0.0) ** 0.5
-    return result
-
-
-def feature_distance(parts: Sequence[Statistics]) -> dict[str, float]:
-    """How far each silo's column means are from those of all rows, in spreads.
-
-    Returns per silo the root mean square over columns of (mean_k - mean) / standard
-    deviation of all rows; columns that are constant everywhere do not count.
-    """
-    whole = combine_statistics(parts)
-    varies = whole.variance > 0
-    spread = np.sqrt(whole.variance[varies])
-    result = {}
-    for part in parts:
-        gap = (part.mean - whole.mean)[varies] / spread
-        result[part.silo] = float(np.sqrt((gap**2).mean())) if len(gap) else 0.0
-    return result
-
-
-def image_features(x: np.ndarray) -> np.ndarray:
-    """Three numbers per image that a scanner changes: brightness, contrast, sharpness.
-
-    x: [N, ..., H, W]. Returns [N, 3]: mean, standard deviation, and mean absolute step
-    between neighbouring pixels, each over the whole image. Computed inside the silo, as
-    columns for `local_statistics`.
-    """
-    rows = np.asarray(x, dtype=np.float64)
-    steps = [np.abs(np.diff(rows, axis=axis)) for axis in (-2, -1)]
-    flat = rows.reshape(len(rows), -1)
-    sharpness = sum(step.reshape(len(rows), -1).mean(axis=1) for step in steps) / 2
-    return np.stack([flat.mean(axis=1), flat.std(axis=1), sharpness], axis=1)

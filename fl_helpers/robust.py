@@ -106,21 +106,38 @@ def geometric_median(
     updates: Iterable[UpdateLike], *, entries: Collection[str] | None = None
 ) -> Params:
     """The model with the smallest sum of distances to the silos' (Pillutla et al. 2022,
-    Algorithm 2, smoothed Weiszfeld, with equal weights).
+    Algorithm 2, with equal weights; on a silo's own model, where the step is undefined,
+    that of Vardi and Zhang 2000, eq. 2.6).
 
     A mean in which whoever is far away counts less; with fewer than half malicious, it
-    stays near the honest ones. Ends when a step lowers the sum by less than a
-    millionth, or after 200 steps. Raises ValueError as `coordinate_median`.
+    stays near the honest ones. Starts from the coordinate median, or from a silo's
+    model if its sum is smaller: steps lower the sum, and would only creep towards such
+    a model. Ends when a step lowers the sum by less than a millionth, when the silos
+    that it stands on outweigh the others' pull, or after 200 steps. Raises ValueError
+    as `coordinate_median`.
     """
     updates = _gather(updates)
     centre = _trimmed(updates, (len(updates) - 1) // 2)
     distances = _distances_to(centre, updates, entries)
+    between = _squared_distances(updates, entries).sqrt()
+    best = int(between.sum(dim=1).argmin())
+    if between[best].sum() < distances.sum():
+        distances, only = between[best], torch.zeros(len(updates)).double()
+        only[best] = 1
+        centre = _weighted(updates, only, updates[best].params)
     for _ in range(200):
         usual = distances.median().item()
         if usual == 0:  # half of them are here: nothing has a smaller sum
             break
-        pull = 1 / distances.clamp(min=1e-6 * usual)  # the paper's nu, to scale
-        centre = _weighted(updates, pull / pull.sum(), centre)
+        here = distances <= 1e-6 * usual
+        pull = torch.where(here, 0, 1 / distances)
+        step = 1.0
+        if here.any():  # they hold on with a force of 1 each, the others pull
+            force = _force(centre, updates, pull, entries)
+            if force <= here.sum():
+                break
+            step = 1 - here.sum() / force
+        centre = _weighted(updates, step * pull / pull.sum(), centre)
         before = distances.sum()
         distances = _distances_to(centre, updates, entries)
         if before - distances.sum() <= 1e-6 * before:
@@ -269,6 +286,20 @@ def _distances_to(
     return squared.sqrt()
 
 
+def _force(
+    centre: Params,
+    updates: Sequence[UpdateLike],
+    pull: Tensor,
+    entries: Collection[str] | None,
+) -> float:
+    """Length of the sum of pull * (update - centre)."""
+    squared, heard = 0.0, pull > 0
+    for name, part, values in _parts(updates, entries):
+        gap = values[heard].double() - centre[name].reshape(-1)[part]
+        squared += (pull[heard] @ gap).square().sum().item()
+    return math.sqrt(squared)
+
+
 def _squared_distances(
     updates: Sequence[UpdateLike], entries: Collection[str] | None
 ) -> Tensor:
@@ -298,10 +329,11 @@ def _gather(
     for update in found:
         if names.count(update.silo) > 1:
             raise ValueError(f"silo {update.silo!r} sent two updates; only one counts")
-        if not update.num_examples > 0:
+        n = update.num_examples  # True is 1 to Python; inf would outweigh everybody
+        if isinstance(n, bool) or not 0 < n < math.inf:
             raise ValueError(
-                f"silo {update.silo!r} reports num_examples={update.num_examples}; it "
-                "must be > 0: leave a silo without training data out of the round"
+                f"silo {update.silo!r} reports num_examples={n}; it must be a finite "
+                "number > 0: leave a silo without training data out of the round"
             )
         _check_layout(update, found[0])
         for name, value in update.params.items():

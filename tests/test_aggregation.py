@@ -41,8 +41,6 @@ def test_equals_a_float64_numpy_mean(silos):
     expected = np.average(values, axis=0, weights=sizes)
     got = weighted_average(updates)["w"].numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-3)
-    assert (got <= values.max(axis=0) + 1e-3).all()  # a mean lies between
-    assert (got >= values.min(axis=0) - 1e-3).all()
 
 
 def test_one_update_and_equal_updates_come_out_exactly():
@@ -117,6 +115,8 @@ GOOD = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
         (GOOD, 0, "num_examples=0"),
         (GOOD, -1, "num_examples=-1"),
         (GOOD, math.nan, "num_examples=nan"),
+        (GOOD, math.inf, "num_examples=inf; it must be a finite number > 0"),
+        (GOOD, True, "num_examples=True"),
         ({"w": GOOD["w"]}, 1, r"missing \['b'\]"),
         (GOOD | {"extra": torch.zeros(1)}, 1, r"unknown \['extra'\]"),
         (GOOD | {"b": torch.zeros(3)}, 1, r"'b' as \(3,\)"),

@@ -21,7 +21,7 @@ from fl_helpers.faults import (
     unreachable,
     with_faults,
 )
-from fl_helpers.simulation import NoQuorum, leave_one_out, run_rounds, silo_rng
+from fl_helpers.simulation import NoQuorum, run_rounds, silo_rng
 from fl_helpers.training import Update, norm_entries, train_locally
 
 
@@ -385,24 +385,6 @@ def test_garbage_leaves_the_update_of_the_silo_alone():
     assert spoiled.params["w"].isnan().all() and spoiled.params["n"].item() == 3
     assert params["w"].tolist() == [1, 1]
     assert list(other_model(lambda: update).params) == ["old.w", "n"]
-
-
-# -- what a silo is worth
-
-
-def test_leave_one_out():
-    worth = {"a": 3.0, "b": -1.0, "c": 0.5}
-    silos = [SimpleNamespace(name=name) for name in worth]
-
-    def additive(some):
-        return sum(worth[silo.name] for silo in some)
-
-    def any_of_two(some):  # "a" and "b" have the same data
-        return float(bool({"a", "b"} & {silo.name for silo in some}))
-
-    assert leave_one_out(silos, additive) == worth
-    assert leave_one_out(silos, any_of_two) == {"a": 0, "b": 0, "c": 0}
-    assert leave_one_out(silos[:2], any_of_two) == {"a": 0, "b": 0}
 
 
 # -- kill -9 at any point, then go on

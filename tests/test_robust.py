@@ -110,6 +110,24 @@ def test_geometric_median_has_the_smallest_sum_of_distances(silos):
     np.testing.assert_allclose(found, best.x, atol=0.02)  # its neighbours are as good
 
 
+@pytest.mark.parametrize("silos", [3, 5, 7, 9])
+@pytest.mark.parametrize("seed", range(5))
+def test_geometric_median_goes_on_from_a_silos_own_model(silos, seed):
+    rows = random_rows(silos, size=3, seed=seed)
+    rows[0] = np.median(rows[1:], axis=0)  # now it is the coordinate median
+    np.testing.assert_allclose(numbers(coordinate_median(from_rows(rows))), rows[0])
+
+    def total(x, smooth=0.0):
+        return np.hypot(np.linalg.norm(rows - x, axis=1), smooth).sum()
+
+    best = rows[np.argmin([total(row) for row in rows])]  # or it lies between them:
+    between = rows.mean(axis=0)
+    for smooth in (1e-1, 1e-3, 1e-6):
+        between = scipy.optimize.minimize(total, between, args=(smooth,)).x
+    least = min(total(best), total(between))
+    assert total(numbers(geometric_median(from_rows(rows)))) <= least * (1 + 1e-4)
+
+
 def test_geometric_median_of_a_line_and_of_a_majority():
     line = numbers(geometric_median(from_rows([[0, 0], [1, 0], [9, 0]])))
     np.testing.assert_allclose(line, [1, 0], atol=1e-5)  # the median of the line
@@ -283,8 +301,9 @@ def test_distances_go_over_the_named_entries():
     # By "b" it is -60: 20^2 + 60^2 + 61^2 + 49.7^2; by "a" 0.1: 0 + 0.1^2 + 0.1^2.
     assert krum(updates, malicious=1)["a"].item() == 0.3
     assert krum(updates, malicious=1, **named)["a"].item() == 0.1
-    assert geometric_median(updates)["a"].item() > 0.5
-    assert geometric_median(updates, **named)["a"].item() < 0.3
+    without = updates[:5]  # by "b", silo 3 is in the middle of them
+    assert geometric_median(without)["a"].item() > 10
+    assert geometric_median(without, **named)["a"].item() < 0.3
     start = {"a": torch.zeros(1).double(), "b": torch.zeros(1).double()}
     assert NormClipping(start)(updates)["a"].item() > 8  # 50 is usual, beside 90
     assert NormClipping(start, **named)(updates)["a"].item() < 0.2
@@ -401,7 +420,11 @@ REFUSED = {
     "shape": (bad(params={"w": ONES[None], "n": COUNT}), r"'c'.*\['w'\]"),
     "dtype": (bad(params={"w": ONES.double(), "n": COUNT}), r"'c'.*\['w'\]"),
     "twice": (bad(silo="b"), "silo 'b' sent two updates"),
-    "examples": (bad(num_examples=0), "silo 'c' reports num_examples=0"),
+    "no examples": (bad(num_examples=0), "silo 'c' reports num_examples=0"),
+    "less": (bad(num_examples=-3), "silo 'c' reports num_examples=-3.*finite"),
+    "all there are": (bad(num_examples=math.inf), "silo 'c' reports num_examples=inf"),
+    "uncounted": (bad(num_examples=math.nan), "silo 'c' reports num_examples=nan"),
+    "yes": (bad(num_examples=True), "silo 'c' reports num_examples=True"),
     "nobody": ([], "at least . updates, got 0"),
 }
 

@@ -23,7 +23,6 @@ from fl_helpers.aggregation import (
     FedYogi,
     QFedAvg,
     make_aggregate,
-    update_cosines,
     weighted_average,
 )
 from fl_helpers.simulation import run_alone, run_rounds, state_bytes
@@ -298,6 +297,10 @@ def test_a_refused_update_changes_nothing(name):
     rounds[1][2].params["w"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="silo 2.*NaN"):
         rule(rounds[1])
+    for count in (float("inf"), float("nan"), True, -3):
+        rounds[2][1].num_examples = count
+        with pytest.raises(ValueError, match=f"silo 1' reports num_examples={count}"):
+            rule(rounds[2])
     after = rule.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -327,6 +330,10 @@ def test_state_goes_from_one_object_to_another(name):
         (lambda p: QFedAvg(p, ["w"], q=-1, lipschitz=1), "q must be >= 0, got -1"),
         (lambda p: FedAdam(p, ["v"]), r"unknown: \['v'\]"),
         (lambda p: FedAdam(p, []), "at least one"),
+        (
+            lambda p: FedAdam(p | {"seen": torch.tensor(1)}, ["w", "seen"]),
+            r"whole numbers: \['seen'\]; take the names from model.named_parameters",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -641,18 +648,6 @@ def test_norm_entries_finds_every_kind():
     names = {"0.weight", "0.bias", "1.0.weight", "1.0.bias", "2.weight", "2.bias"}
     assert set(norm_entries(model)) == names
     assert norm_entries(torch.nn.Linear(2, 2)) == []
-
-
-def test_cosines_by_hand():
-    x = {"w": torch.tensor([1.0, 1.0]), "n": torch.tensor(3)}
-
-    def at(silo, a, b):
-        return update(silo, 1, {"w": torch.tensor([a, b]), "n": torch.tensor(9)})
-
-    # deltas: (1, 0), (0, 2), (-3, 0)
-    cosines = update_cosines([at("a", 2, 1), at("b", 1, 3), at("c", -2, 1)], x, ["w"])
-    expected = [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
-    torch.testing.assert_close(cosines, torch.tensor(expected, dtype=torch.float64))
 
 
 # ---- the committed experiment (experiments/strategies.py)
