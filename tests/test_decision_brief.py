@@ -1,0 +1,116 @@
+"""Every number of docs/decision-brief.md, from the committed results or its formula."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fl_helpers.planning import run_cost
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs/results"
+BRIEF = " ".join((ROOT / "docs/decision-brief.md").read_text().split())
+DELTA = 0.001  # of the experiment, and of the table
+
+
+@pytest.fixture(scope="module")
+def attacks():
+    found = pd.read_csv(RESULTS / "privacy_attacks.csv")
+    index = ["attack", "condition", "seed"]
+    return found.pivot(index=index, columns="measure", values="value")
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    """Mean over the hospitals and seeds, in percent."""
+    found = pd.read_csv(RESULTS / "privacy.csv", dtype={"level": str})
+    assert found.groupby(["approach", "level"]).seed.nunique().eq(5).all()
+    return 100 * found.groupby(["approach", "level"]).balanced_accuracy.mean()
+
+
+def closer(victims):
+    """Victims to whom the attack came closer than their own public mean image did."""
+    count = (victims["ssim"] > victims["ssim of a public mean image"]).sum()
+    return f"{count} of {len(victims)}"
+
+
+def test_what_an_update_gave_away_per_victim(attacks):
+    inversion = attacks.loc["inversion"]
+    one = inversion.loc["one image, one step"]["ssim"]
+    assert len(one) == 8 and round(one.min(), 3) == 0.998
+    assert "all eight images came back nearly identical" in BRIEF
+    assert f"at least {one.min():.3f} of 1" in BRIEF
+    for condition, text in {
+        "batch of 2": "{} victims in a batch of two",
+        "batch of 4": "{} in a batch of four",
+        "batch of 8": "{} in a batch of eight",
+        "sum of 4 silos, one image each": "{} in a sum of four hospitals",
+        "DP-SGD, epsilon 8": "{} with noise for epsilon 8",
+    }.items():
+        assert text.format(closer(inversion.loc[condition])) in BRIEF, condition
+
+
+def test_what_a_linear_layer_and_an_overfitted_model_gave_away(attacks):
+    back = attacks.loc["inversion of a linear layer", "8"]
+    back = 100 * back["recovered above 30 dB"]
+    assert len(back) == 8
+    assert f"{back.min():.0f} to {back.max():.0f} % of the eight images" in BRIEF
+    found = attacks.loc["membership", "150 images, 30 epochs"]
+    found = 100 * found["likelihood ratio: tpr"]
+    assert len(found) == 3 and "(three seeds)" in BRIEF
+    assert f"{found.min():.0f} to {found.max():.0f} % of the patients" in BRIEF
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0, 8.0])
+def test_epsilon_in_odds_and_in_accuracy(epsilon, accuracy):
+    factor = math.exp(epsilon)
+    even = 100 * factor / (1 + factor)
+    found = min(factor * 0.01 + DELTA, 1 - (0.99 - DELTA) / factor)
+    digits = 2 if epsilon == 8 else 1
+    cells = [
+        f"{epsilon:g}",
+        f"{factor:,.0f}" if factor > 100 else f"{factor:.1f}",
+        f"{even:.{digits}f} %",
+        f"{100 * found:.{digits}f} %",
+        f"{accuracy['DP-SGD', str(epsilon)]:.1f} %",
+        f"{accuracy['DP-SGD alone', str(epsilon)]:.1f} %",
+    ]
+    assert f"| {' | '.join(cells)} |" in BRIEF
+
+
+def test_what_privacy_was_compared_with(accuracy):
+    assert f"the federation reached {accuracy['FedAvg', 'none']:.1f} %" in BRIEF
+    assert f"alone brought it to {accuracy['DP-SGD', 'inf']:.1f} %" in BRIEF
+    assert f"guessing scores {100 / 3:.1f} %" in BRIEF  # three classes
+    experiment = (ROOT / "experiments/privacy.py").read_text()
+    assert re.search(r"DELTA = .*, 1e-3\n", experiment)
+    with (RESULTS / "privacy.csv").open() as file:
+        sent = {
+            r["bytes_up"] for r in csv.DictReader(file) if r["approach"] == "FedAvg"
+        }
+    assert [f"{int(size):,}" for size in sent] == ["30,916"] and "30,916 bytes" in BRIEF
+
+
+def test_what_it_costs():
+    plan = (ROOT / "docs/plan-your-fl-project.md").read_text()
+    rows = re.findall(
+        r"(?m)^\| \[\d .*?\| (\d+) to (\d+)( per hospital| a month)? \|", plan
+    )
+    once = [row for row in rows if row[2] != " a month"]
+    days = [sum(int(r[k]) * (4 if r[2] else 1) for r in once) for k in (0, 1)]
+    assert len(rows) == 10 and f"{days[0]} to {days[1]} working days" in BRIEF
+    assert "then {} to {} a month".format(*rows[-1]) in BRIEF
+    cost = run_cost(40_000_000, silos=4, rounds=50, training_minutes=30, mbit_per_s=50)
+    assert "A 40 MB model, 50 rounds of 30 minutes and a line of 50 Mbit/s" in BRIEF
+    sizes = cost["gigabytes"], cost["hours"], cost["machine_hours"]
+    text = "{:.0f} GB, {:.0f} hours and {:.0f} machine hours".format(*sizes)
+    assert text in BRIEF
+
+
+def test_it_stays_a_brief_without_code():
+    text = (ROOT / "docs/decision-brief.md").read_text()
+    words = re.sub(r"\]\([^)]*\)|(?m:^\|[-|]+$)|\|", " ", text).split()
+    assert "```" not in text and sum(bool(re.search(r"\w", w)) for w in words) <= 930
