@@ -1,4 +1,5 @@
-"""Every number of docs/decision-brief.md, from the committed results or its formula."""
+"""Each number of the decision brief, and the measured ones of the impact assessment,
+from the committed results or their formula."""
 
 import csv
 import math
@@ -13,6 +14,7 @@ from fl_helpers.planning import run_cost
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results"
 BRIEF = " ".join((ROOT / "docs/decision-brief.md").read_text().split())
+ASSESSMENT = " ".join((ROOT / "docs/impact-assessment.md").read_text().split())
 DELTA = 0.001  # of the experiment, and of the table
 
 
@@ -114,3 +116,39 @@ def test_it_stays_a_brief_without_code():
     text = (ROOT / "docs/decision-brief.md").read_text()
     words = re.sub(r"\]\([^)]*\)|(?m:^\|[-|]+$)|\|", " ", text).split()
     assert "```" not in text and sum(bool(re.search(r"\w", w)) for w in words) <= 930
+
+
+def test_what_the_impact_assessment_took_from_the_results(attacks, accuracy):
+    inversion = attacks.loc["inversion"]
+    for norm in ("BatchNorm", "GroupNorm"):
+        count = closer(inversion.loc[f"small_cnn, {norm}, one image"])
+        assert f"{count} with {norm}" in ASSESSMENT
+    assert f"for {closer(inversion.loc['batch of 4'])}, and with our" in ASSESSMENT
+    mix = 100 * attacks.loc["label mix"].filter(like="lr 0.005, one epoch", axis=0)
+    error, equal = mix["largest error"], mix["largest error of an equal mix"]
+    assert f"{error.min():.0f} to {error.max():.0f} percentage points" in ASSESSMENT
+    assert equal.nunique() == 1 and f"off by {equal.iloc[0]:.0f} (" in ASSESSMENT
+    found = pd.read_csv(RESULTS / "privacy.csv")
+    found = found[found.approach.isin(["FedAvg", "FedAvg, GroupNorm"])]
+    assert f"AUROC at most {found.membership_auroc.max():.2f};" in ASSESSMENT
+    lost = accuracy["FedAvg", "none"] - accuracy["DP-SGD"]
+    text = (
+        f"epsilon 3 cost the federation {lost['3.0']:.1f} points of balanced accuracy"
+    )
+    assert f"{text} and epsilon 1 cost {lost['1.0']:.1f} (" in ASSESSMENT
+    experiment = (ROOT / "experiments/privacy.py").read_text()
+    assert re.search(
+        r"SIZES, TEST_SHARE, .* = \(1600, 1200, 800, 400\), 0\.5", experiment
+    )
+    assert "800, 600, 400 and 200 of them for training and as many" in ASSESSMENT
+
+
+def test_the_levels_of_the_impact_assessment_follow_from_its_scale():
+    found = re.findall(r"(\d) × (\d) = (\d+) \**(low|medium|high)", ASSESSMENT)
+    assert len(found) == 33  # eleven risks: before, today, with all
+    for likelihood, severity, product, level in found:
+        number = int(likelihood) * int(severity)
+        assert number == int(product)
+        assert level == ("low" if number <= 3 else "medium" if number <= 6 else "high")
+    high = re.findall(r"\| (R\d+) \|[^|]*\|[^|]*\|[^|]*\|[^|]*\*\*high", ASSESSMENT)
+    assert "{}, {} and {} are high today".format(*high) in ASSESSMENT
