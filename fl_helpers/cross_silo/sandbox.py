@@ -83,8 +83,9 @@ def sandboxed(
 
 
 def _package() -> Path:
-    """Folder of this file: the confined process must be able to import it."""
-    return Path(__file__).resolve().parent
+    """The package's folder: the confined process must be able to import this file."""
+    depth = __spec__.name.count(".")
+    return Path(__file__).resolve().parents[max(0, depth - 1)]
 
 
 def _bubblewrap(

@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fl_helpers.exchange import Limits
+
 from . import hospital
 
 SIZES = {"Hospital A": 40, "Hospital B": 24, "Hospital C": 32}
 METRICS = ("test_loss", "test_accuracy")
+LIMITS = Limits(metrics=Limits().metrics | {*METRICS})
 SILOS_YAML = """\
 project: trial
 on_premises: {organisation: coordinator, admin: admin@coordinator.org, host: localhost,

@@ -9,10 +9,11 @@ import torch
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 from fl_helpers.cross_silo.on_premises import runs
-from fl_helpers.cross_silo.on_premises.site import Site
+from fl_helpers.cross_silo.on_premises.site import site_name
+from fl_helpers.cross_silo.run import Run
 
 from . import hospital
-from .conftest import METRICS
+from .conftest import LIMITS
 
 WAIT = 40  # seconds, for the server and for all hospitals
 
@@ -20,8 +21,8 @@ WAIT = 40  # seconds, for the server and for all hospitals
 def new_run():
     torch.manual_seed(0)
     params = hospital.new_model().state_dict()
-    basis = dict(rounds=2, seed=7, quorum=2, deadline=40, metrics=METRICS)
-    return runs.Run("separate", params, **basis)
+    basis = dict(rounds=2, seed=7, quorum=2, deadline=40, limits=LIMITS)
+    return Run("separate", params, **basis)
 
 
 def connect(admin, kit, sites):
@@ -44,11 +45,10 @@ def connect(admin, kit, sites):
 
 if __name__ == "__main__":
     admin, admin_kit, server_kit, *silos = sys.argv[1:]
-    sites = [Site(silo, "", "", "") for silo in silos]  # the rest is the hospitals' own
-    session = connect(admin, admin_kit, {site.name for site in sites})
+    session = connect(admin, admin_kit, {site_name(silo) for silo in silos})
     server_kit = Path(server_kit)
     events = runs.play(
-        new_run(), session, sites=sites, server_kit=server_kit,
+        new_run(), session, silos=silos, server_kit=server_kit,
         jobs=server_kit.parent / "to_run", timeout=60,
     )  # fmt: skip
     for event in events:

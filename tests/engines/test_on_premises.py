@@ -14,15 +14,17 @@ from nvflare.app_common.job_launcher.client_process_launcher import (
 )
 
 from fl_helpers import aggregation, robust
-from fl_helpers.cross_silo.on_premises import gate, provision, runs
+from fl_helpers.cross_silo.federation import read_federation
+from fl_helpers.cross_silo.on_premises import gate, job, provision, runs
 from fl_helpers.cross_silo.on_premises.fleet import Fleet
-from fl_helpers.cross_silo.on_premises.runs import Run, RunError
-from fl_helpers.cross_silo.on_premises.site import RelaunchLauncher
+from fl_helpers.cross_silo.on_premises.runs import RunError
+from fl_helpers.cross_silo.on_premises.worker import RelaunchLauncher
+from fl_helpers.cross_silo.run import Run, Stop
 from fl_helpers.simulation import run_rounds, silo_rng
 from fl_helpers.training import norm_entries, zero_variates
 
 from . import dishonest, hospital
-from .conftest import METRICS, wait_until
+from .conftest import LIMITS, METRICS, wait_until
 
 pytestmark = pytest.mark.engines
 GATE = f"{gate.__name__}.EgressGate"
@@ -32,7 +34,7 @@ LIMIT = 90  # seconds that any run of these tests may take
 @pytest.fixture(scope="module")
 def fleet(silos_yaml, params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
-    provision.provision(provision.read_silos(silos_yaml), folder)
+    provision.provision(read_federation(silos_yaml), folder)
     fleet = Fleet(silos_yaml, folder, ready=60)
     for who in ("server", *fleet.sites):
         add_neighbour(fleet, who)
@@ -80,7 +82,7 @@ def agree(fleet, params, keep_local=()):
 
 
 def new_run(name, params, **options):
-    basis = dict(rounds=3, seed=7, quorum=3, deadline=40, metrics=METRICS)
+    basis = dict(rounds=3, seed=7, quorum=3, deadline=40, limits=LIMITS)
     return Run(name=name, params=params, **basis | options)
 
 
@@ -300,7 +302,7 @@ def test_a_dead_hospital_does_not_stop_the_others(fleet, params):
     assert of(events, "round_end")[-1]["silos"] == ["Hospital B", "Hospital C"]
     fleet.start_process("Hospital-A")
     fleet.wait_ready()
-    stop = {"metric": "loss", "patience": 1}  # higher is better, but the loss falls
+    stop = Stop("loss", patience=1)  # higher is better, but the loss falls
     again = play(fleet, new_run("alive", params, rounds=9, stop=stop))
     assert [len(e["silos"]) for e in of(again, "round_end")] == [3, 3]
     assert of(again, "stopped")[0]["round"] == 1
@@ -335,25 +337,25 @@ def restart(fleet, who):
 
 
 def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
-    sites = fleet.sites.values()
+    silos = [silo.name for silo in fleet.federation.silos]
     run = new_run("other", params, rounds=1)
-    code = runs.write_job(run, tmp_path / "code", sites)
+    code = job.write_job(run, tmp_path / "code", silos)
     (code / "app" / "custom").mkdir()
     (code / "app" / "custom" / "mine.py").write_text("print('hello')")
-    job = fleet.session.submit_job(str(code))
-    wait_until(lambda: runs._verdict(fleet.session, job), 30, "the server refuses it")
-    assert "FAILED_TO_RUN" in runs._verdict(fleet.session, job)
-    other = runs.write_job(run, tmp_path / "class", sites)
+    sent = fleet.session.submit_job(str(code))
+    wait_until(lambda: runs._verdict(fleet.session, sent), 30, "the server refuses it")
+    assert "FAILED_TO_RUN" in runs._verdict(fleet.session, sent)
+    other = job.write_job(run, tmp_path / "class", silos)
     config = other / "app" / "config" / "config_fed_client.json"
     stock = "nvflare.app_common.np.np_trainer.NPTrainer"
     content = json.loads(config.read_text())
     content["executors"][0]["executor"] = {"path": stock, "args": {}}
     config.write_text(json.dumps(content))
-    job = fleet.session.submit_job(str(other))
+    sent = fleet.session.submit_job(str(other))
     for site in fleet.sites:
         log, why = fleet.logs / f"{site}.log", f"{stock}' at config path"
         wait_until(lambda: why in log.read_text(), 30, f"{site} refuses it")  # noqa: B023
-    fleet.session.abort_job(job)
+    fleet.session.abort_job(sent)
 
 
 def test_every_process_listens_on_the_loopback_interface_only(fleet):

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import provision
 from fl_helpers.cross_silo.on_premises.fleet import MARK, Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
@@ -53,7 +54,7 @@ def test_nothing_is_left_when_the_driver_is_ended_during_a_run(
 
 
 def test_a_process_that_cannot_start_is_reported_at_once(silos_yaml, tmp_path):
-    federation = provision.read_silos(silos_yaml)
+    federation = read_federation(silos_yaml)
     kits = provision.provision(federation, tmp_path)
     (kits / "Hospital-B" / "local" / "resources.json").write_text("{")
     started = time.monotonic()
@@ -66,7 +67,7 @@ def test_a_process_that_cannot_start_is_reported_at_once(silos_yaml, tmp_path):
 
 def test_a_hospital_that_does_not_come_is_named(silos_yaml, tmp_path):
     """Its kit is from another authority: the server does not let it in."""
-    federation = provision.read_silos(silos_yaml)
+    federation = read_federation(silos_yaml)
     kits = provision.provision(federation, tmp_path / "one")
     other = provision.provision(federation, tmp_path / "two")
     for name in ("client.crt", "client.key"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-import yaml
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -24,96 +24,35 @@ from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey
 from nvflare.fuel.f3.endpoint import Endpoint
 from nvflare.fuel.f3.message import Message
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fl_helpers import exchange
+from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import (
     controller,
     executor,
     gate,
+    job,
     provision,
     runs,
     site,
+    worker,
 )
 from fl_helpers.cross_silo.on_premises.guards import HubGuard, SiteGuard
 from fl_helpers.cross_silo.on_premises.runs import RunError
+from fl_helpers.cross_silo.run import Run
 from fl_helpers.training import Update
 
 EXAMPLE = Path(exchange.__file__).with_name("cross_silo") / "silos.yaml"
 
 
-# ---- silos.yaml and start-up kits
-
-
-def test_the_example_file_is_valid():
-    federation = provision.read_silos(EXAMPLE)
-    assert [site.silo for site in federation.sites] == [
-        "Hospital A", "Hospital B", "Hospital C", "Hospital D"
-    ]  # fmt: skip
-    assert federation.sites[0].data == str(EXAMPLE.parent / "data/hospital_a")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c.pop("on_premises"), "on_premises.admin is missing"),
-        (lambda c: c["on_premises"].pop("port"), "on_premises.port is missing"),
-        (
-            lambda c: c["silos"][1]["on_premises"].pop("data"),
-            r"silos\[1\].on_premises.data is missing",
-        ),
-        (lambda c: c.update(rounds=3), "rounds is not a known key"),
-        (lambda c: c.update(silos=[]), r"silos\[0\].name is missing"),
-        (lambda c: c.update(on_premises="me"), "on_premises.admin is missing"),
-        (lambda c: c["silos"][1].update(name="a/b"), r"silos\[1\].name must match"),
-        (
-            lambda c: c["silos"][1].update(name=7),
-            r"silos\[1\].name must match .* got 7",
-        ),
-        (
-            lambda c: c["silos"][1].update(name="Hospital A"),
-            r"silos\[1\].name .* used twice",
-        ),
-        (
-            lambda c: c["silos"][1].update(name="Hospital-A"),
-            r"silos\[1\].name .* used twice",
-        ),
-        (lambda c: c["silos"][0].update(name="server"), r"silos\[0\].name .* reserved"),
-        (
-            lambda c: c["on_premises"].update(port=70000),
-            "on_premises.port must be 0 to 65535",
-        ),
-        (lambda c: c["on_premises"].update(port=True), "on_premises.port must match"),
-        (lambda c: c["silos"].append("me"), r"silos\[4\].name is missing"),
-        (
-            lambda c: c["on_premises"].update(host="fl.org"),
-            "on_premises.port 0 .* for localhost only",
-        ),
-        (lambda c: c["on_premises"].update(admin="me"), "on_premises.admin must match"),
-        (
-            lambda c: c["on_premises"].update(client="hospital"),
-            "on_premises.client must match",
-        ),
-    ],
-)
-def test_an_error_names_the_file_and_the_key(tmp_path, change, message):
-    content = yaml.safe_load(EXAMPLE.read_text())
-    change(content)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=rf"mine\.yaml: .*{message}"):
-        provision.read_silos(tmp_path / "mine.yaml")
-
-
-def test_a_file_that_is_not_yaml(tmp_path):
-    (tmp_path / "mine.yaml").write_text("silos: [")
-    with pytest.raises(ValueError, match=r"mine\.yaml is not YAML"):
-        provision.read_silos(tmp_path / "mine.yaml")
+# ---- start-up kits
 
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kits")
-    return provision.provision(provision.read_silos(EXAMPLE), folder)
+    return provision.provision(read_federation(EXAMPLE), folder)
 
 
 def test_keys_are_private_and_the_authority_stays_away_from_the_kits(kits):
@@ -142,7 +81,7 @@ def test_a_hospitals_policy(kits):
     assert resources["class_allow_list"] == [path_of(executor.SiteExecutor)]
     assert resources["allow_log_streaming"] is False
     parts = {part["path"] for part in resources["components"]}
-    assert {path_of(SiteGuard), path_of(site.RelaunchLauncher)} <= parts
+    assert {path_of(SiteGuard), path_of(worker.RelaunchLauncher)} <= parts
     rights = json.loads((local / "authorization.json").read_text())["permissions"]
     assert rights["project_admin"]["byoc"] == "none"
     assert rights["lead"] == {"view": "any"}
@@ -170,13 +109,13 @@ def test_the_servers_policy(kits):
 
 def test_kits_are_not_overwritten(kits):
     with pytest.raises(FileExistsError, match="exists; delete it"):
-        provision.provision(provision.read_silos(EXAMPLE), kits.parent)
+        provision.provision(read_federation(EXAMPLE), kits.parent)
 
 
 def test_kits_are_not_put_where_git_would_take_them(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / ".gitignore").write_text("runs/\n")
-    federation = provision.read_silos(EXAMPLE)
+    federation = read_federation(EXAMPLE)
     with pytest.raises(ValueError, match="would be taken by git.*below runs/"):
         provision.provision(federation, tmp_path / "kits")
     assert not (tmp_path / "kits").exists()
@@ -271,12 +210,12 @@ def test_site_guard(sender, origin, topic, inner, passes):
 def test_the_worker_is_guarded_too(monkeypatch):
     monkeypatch.setattr(executor, "end_with_parent", lambda: None)
     threads = torch.get_num_threads()
-    worker, core = executor.SiteExecutor("id", 1, [], [], {}), Core("B.job")
+    trainer, core = executor.SiteExecutor(), Core("B.job")
     torch.set_num_threads(threads)
     engine = SimpleNamespace(get_cell=lambda: SimpleNamespace(core_cell=core))
     context = SimpleNamespace(get_engine=lambda: engine)
     for event in (EventType.START_RUN, EventType.START_RUN):  # installed once
-        worker.handle_event(event, context)
+        trainer.handle_event(event, context)
     ((_, _, check),) = core.filters
     assert check(message("server", "server.job", "B.job")) is None
     assert check(message("A", "A.job", "B.job")) is not None
@@ -406,25 +345,25 @@ def test_unpack_takes_bytes_only(tmp_path):
 # ---- launcher, executor, controller, fleet
 
 
-def worker(code, relaunches):
+def new_worker(code, relaunches):
     command = [sys.executable, "-S", "-c", code]
-    return site.Worker(command, dict(os.environ), relaunches)
+    return worker.Worker(command, dict(os.environ), relaunches)
 
 
 def test_a_worker_that_dies_is_started_again(tmp_path):
     count = tmp_path / "count"
     code = f"open({str(count)!r}, 'a').write('x'); import sys; sys.exit(3)"
-    started = worker(code, relaunches=1)
+    started = new_worker(code, relaunches=1)
     started.wait()
     assert count.read_text() == "xx"
     assert started.poll() == JobReturnCode.UNKNOWN  # the run is not failed for all
 
 
 def test_a_worker_that_ends_or_is_stopped_is_not_started_again():
-    done = worker("pass", relaunches=5)
+    done = new_worker("pass", relaunches=5)
     done.wait()
     assert done.poll() == JobReturnCode.SUCCESS and done.left == 5
-    stopped = worker("import time; time.sleep(60)", relaunches=5)
+    stopped = new_worker("import time; time.sleep(60)", relaunches=5)
     stopped.terminate()
     before = time.monotonic()
     stopped.wait()
@@ -434,7 +373,7 @@ def test_a_worker_that_ends_or_is_stopped_is_not_started_again():
 def test_a_process_ends_with_its_parent(tmp_path):
     """The child of a process that is killed is gone, too, soon after."""
     child = (
-        "from fl_helpers.cross_silo.on_premises.executor import end_with_parent\n"
+        "from fl_helpers.cross_silo.on_premises.worker import end_with_parent\n"
         "import os, sys, time\n"
         "end_with_parent()\n"
         "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
@@ -481,26 +420,26 @@ def train(kit, tmp_path):
     (tmp_path / "mine.py").write_text(COUNTING)
     own = site.read_site(kit)
     own = replace(own, data="/Hospital A", client=f"{tmp_path}/mine.py:client")
-    site.write_local(kit, "site.json", vars(own))
+    site.write_site(kit, own)
     workspace, context = Workspace(str(kit)), FLContext()
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace)
     context.set_prop(FLContextKey.CURRENT_RUN, "job")
-    config = Path(workspace.get_app_dir("job")) / executor.CONFIG
-    config.mkdir(parents=True)
-    save_file(STATE, config / executor.INITIAL)
+    run = Run("x", STATE, rounds=1, seed=1, keep_local=["own"])
+    sent = job.write_job(run, tmp_path / "jobs", ["Hospital A"]) / "app" / job.CONFIG
+    shutil.copytree(sent, Path(workspace.get_app_dir("job")) / job.CONFIG)
 
     def train(round_index, task="train"):
-        worker = executor.SiteExecutor("id", 1, list(STATE), ["own"], {})  # a new one
+        trainer = executor.SiteExecutor()  # a new one
         exchange.write_model(tmp_path / "model", SENT, round_index=round_index)
         message = gate.pack(tmp_path / "model")
-        message["round"], message["evaluate"] = round_index, True
-        return worker.execute(task, message, context, Signal())
+        message["round"] = round_index
+        return trainer.execute(task, message, context, Signal())
 
     return train
 
 
 def own_entry(kit):
-    kept = sorted((kit / "kept" / "id").glob("*.safetensors"))
+    kept = sorted((kit / "kept").glob("*/*.safetensors"))
     return {path.stem: load_file(path)["own"][0].item() for path in kept}
 
 
@@ -524,7 +463,7 @@ def test_metrics_that_are_no_numbers_stay(train):
 
 def test_data_of_another_silo_are_not_trained_on(train, kit):
     own = replace(site.read_site(kit), data="/Hospital B")
-    site.write_local(kit, "site.json", vars(own))
+    site.write_site(kit, own)
     assert train(0).get_return_code() == ReturnCode.EXECUTION_EXCEPTION
 
 
@@ -538,29 +477,22 @@ def test_of_an_exception_only_a_code_is_handed_on(train, kit):
 # ---- runs
 
 
-@pytest.mark.parametrize(
-    "scores, higher, stops",
-    [
-        ([0.5], True, False),
-        ([0.5, 0.6, 0.5], True, False),  # the best is within the last two
-        ([0.6, 0.5, 0.6], True, True),  # equal is not better
-        ([0.5, 0.6, 0.5], False, True),
-        ([0.5, 0.6, 0.4], False, False),
-    ],
-)
-def test_early_stop_looks_at_the_last_rounds(scores, higher, stops):
-    stop = {"metric": "x", "patience": 2, "higher_is_better": higher}
-    assert controller.should_stop(scores, stop) == stops
-
-
 def test_a_runs_name_belongs_to_its_content(tmp_path):
-    path = tmp_path / "run.json"
-    first = runs.run_id(path, {"name": "x", "seed": 1, "silos": ("a",)})
-    assert runs.run_id(path, {"name": "x", "seed": 1, "silos": ["a"]}) == first
-    more = {"name": "x", "seed": 1, "silos": ["a"], "rounds": 9}
-    assert runs.run_id(path, more) == first
+    def start(**change):
+        run = Run(**dict(name="x", params=STATE, rounds=1, seed=1) | change)
+        folder = job.write_job(run, tmp_path, ["Hospital A"])
+        return json.loads((folder / "app" / job.CONFIG / job.RUN).read_text())
+
+    first = start()
+    assert first["silos"] == {"Hospital-A": "Hospital A"}
+    assert start(keep_local=set())["id"] == first["id"]
+    again = start(rounds=9, deadline=5)
+    assert again["id"] == first["id"] and again["run"]["rounds"] == 9
     with pytest.raises(ValueError, match=r"'x' was started before .* \['seed'\]"):
-        runs.run_id(path, {"name": "x", "seed": 2, "silos": ["a"]})
+        start(seed=2)
+    with pytest.raises(ValueError, match=r"'x' was started before .* \['initial'\]"):
+        start(params=STATE | {"n": torch.tensor(4)})
+    assert start()["id"] == first["id"]  # nothing of the others is left
 
 
 def test_only_whole_events_are_read(tmp_path):
@@ -574,27 +506,10 @@ def test_only_whole_events_are_read(tmp_path):
     assert runs.new_events(path, seen) == ([{"event": "b"}], 30)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"name": "../x"}, "name must be letters"),
-        ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),
-        ({"deadline": 2.5}, "deadline must be an integer >= 1, got 2.5"),
-        ({"keep_local": ["x"]}, r"params lacks: \['x'\]"),
-        ({"aggregate": "FedEx"}, "got 'FedEx'"),
-        ({"aggregate": "FedAdam", "trainable": ["x"]}, r"unknown: \['x'\]"),
-    ],
-)
-def test_a_run_is_checked_before_it_is_sent(change, message):
-    basis = dict(name="x", params=STATE, rounds=1, seed=1, quorum=2)
-    with pytest.raises(ValueError, match=message):
-        runs.Run(**basis | change)
-
-
-def test_a_quorum_that_cannot_be_reached(tmp_path, kit):
-    run = runs.Run("x", STATE, rounds=1, seed=1, quorum=2)
-    with pytest.raises(ValueError, match="quorum 2, but there are 1 hospitals"):
-        runs.write_job(run, tmp_path, [site.read_site(kit)])
+def test_a_quorum_that_cannot_be_reached(tmp_path):
+    run = Run("x", STATE, rounds=1, seed=1, quorum=2)
+    with pytest.raises(ValueError, match="quorum 2, but there are 1 silos"):
+        job.write_job(run, tmp_path, ["Hospital A"])
 
 
 class Engine:
@@ -632,12 +547,12 @@ def test_a_run_goes_on_only_if_nobody_stopped_it(
         monotonic=lambda: next(clock), time=time.time, sleep=lambda seconds: None
     )
     monkeypatch.setattr(runs, "time", fast)
-    run = runs.Run("stopped", STATE, rounds=1, seed=0, quorum=1)
+    run = Run("stopped", STATE, rounds=1, seed=0, quorum=1)
     engine = Engine(verdict, tmp_path / "server" / "runs" / run.name / "events.jsonl")
     events = runs.play(
         run,
         engine,
-        sites=[site.read_site(kit)],
+        silos=["Hospital A"],
         server_kit=tmp_path / "server",
         jobs=tmp_path / "jobs",
     )

@@ -23,8 +23,10 @@ import psutil
 
 from fl_helpers import exchange
 from fl_helpers.cross_silo import sandbox
+from fl_helpers.cross_silo.federation import LOOPBACK, read_federation
 from fl_helpers.cross_silo.on_premises import provision, runs, site
-from fl_helpers.cross_silo.on_premises.runs import Run, RunError
+from fl_helpers.cross_silo.on_premises.runs import RunError
+from fl_helpers.cross_silo.run import Run
 from fl_helpers.simulation import Params
 
 if sys.platform == "win32":
@@ -51,13 +53,14 @@ class Fleet:
         sandbox_kind: str | None = None,
         ready: float = 90,
     ) -> None:
-        self.federation = provision.read_silos(silos)
-        if self.federation.host not in provision.LOOPBACK:
-            raise ValueError(f"a fleet is for localhost, not {self.federation.host!r}")
+        self.federation = read_federation(silos, engine="on_premises")
+        self.server = self.federation.on_premises
+        if self.server.host not in LOOPBACK:
+            raise ValueError(f"a fleet is for localhost, not {self.server.host!r}")
         self.folder, self.ready = Path(folder).resolve(), ready
         self.kits, self.logs = self.folder / "kits", self.folder / "logs"
         self.sandbox_kind = sandbox_kind or sandbox.available_sandbox()
-        self.sites = {site.name: site for site in self.federation.sites}
+        self.sites = {s.name: s for s in provision.sites_of(self.federation)}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.since: dict[str, float] = {}  # when each process was started
         self.seconds: dict[str, float] = {}  # how long each step took
@@ -81,7 +84,7 @@ class Fleet:
             with self._timed("provision"):
                 if not self.kits.exists():
                     provision.provision(self.federation, self.folder)
-            port = self.federation.port or provision.free_port()
+            port = self.server.port or provision.free_port()
             provision.set_port(self.kits, port)
             self._link_code()
             with self._timed("ready"):
@@ -114,7 +117,7 @@ class Fleet:
         """Start, or start again, "server" or a site's process, confined to its kit and
         its data."""
         kit, read = self.kits / who, [self.folder / "code"]
-        kind, organisation = "server", self.federation.organisation
+        kind, organisation = "server", self.server.organisation
         if who != "server":
             kind, organisation = "client", self.sites[who].organisation
             own = site.read_site(kit)
@@ -164,7 +167,7 @@ class Fleet:
         return runs.play(
             run,
             self.session,
-            sites=self.sites.values(),
+            silos=[site.silo for site in self.sites.values()],
             server_kit=self.kits / "server",
             jobs=self.folder / "jobs",
             check=lambda: self._check_alive("server"),
@@ -176,9 +179,9 @@ class Fleet:
         return runs.result(run, self.kits / "server")
 
     def ledger(self, silo: str) -> list[dict[str, Any]]:
-        """What crossed a hospital's boundary, from the ledger in its own kit."""
-        name = next(name for name, own in self.sites.items() if own.silo == silo)
-        return exchange.read_ledger(self.kits / name / "ledger.jsonl")[0]
+        """What crossed a silo's boundary, from the ledger in its own kit."""
+        path = self.kits / site.site_name(silo) / "ledger.jsonl"
+        return exchange.read_ledger(path)[0]
 
     def sweep(self) -> None:
         """Kill whatever carries this fleet's mark."""
@@ -247,7 +250,7 @@ class Fleet:
         logging.getLogger("nvflare").setLevel(logging.CRITICAL)
         with contextlib.redirect_stdout(None):
             kit = str(self.kits / "admin")
-            return new_secure_session(self.federation.admin, kit, timeout=5)
+            return new_secure_session(self.server.admin, kit, timeout=5)
 
     def _close_session(self) -> None:
         session, self.session = self.session, None

@@ -7,25 +7,13 @@ imports no torch, so that the process that only waits for runs stays small.
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nvflare.apis.fl_constant import FLContextKey
-from nvflare.apis.fl_context import FLContext
-from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
-from nvflare.app_common.job_launcher.client_process_launcher import (
-    ClientProcessJobLauncher,
-)
-from nvflare.utils.job_launcher_utils import get_credential_env
-
 HERE = "fl_helpers.cross_silo.on_premises"
-PARENT = "FL_PARENT"  # environment variable of a worker: the process that started it
+VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
 
 @dataclass(frozen=True)
@@ -46,13 +34,33 @@ class Site:
 
     @property
     def name(self) -> str:
-        """As the engine can take it: silo "Hospital A" is site "Hospital-A"."""
-        return self.silo.replace(" ", "-")
+        """As the engine can take it."""
+        return site_name(self.silo)
+
+
+def site_name(silo: str) -> str:
+    """As the engine can take a silo's name: "Hospital A" is site "Hospital-A"."""
+    return silo.replace(" ", "-")
 
 
 def read_site(kit: str | Path) -> Site:
-    """The hospital's settings; TypeError for keys that are missing or not known."""
-    return Site(**json.loads((Path(kit) / "local" / "site.json").read_text()))
+    """The silo's settings; ValueError for those of a kit that was hardened before.
+
+    TypeError for keys that are missing or not known.
+    """
+    path = Path(kit) / "local" / "site.json"
+    found = json.loads(path.read_text())
+    if (version := found.pop("version", 1)) != VERSION:
+        raise ValueError(
+            f"{path} is of version {version}, this code takes {VERSION}: harden the "
+            "kit again with `harden_site`, see docs/on-premises.md, A new version"
+        )
+    return Site(**found)
+
+
+def write_site(kit: str | Path, site: Site) -> None:
+    """Write the silo's settings into its kit."""
+    write_local(kit, "site.json", {"version": VERSION, **asdict(site)})
 
 
 def harden_site(
@@ -77,7 +85,7 @@ def harden_site(
         "components": [
             _component("resource_manager", f"{manager}.GPUResourceManager", no_gpu),
             _component("resource_consumer", f"{consumer}.GPUResourceConsumer"),
-            _component("process_launcher", f"{HERE}.site.RelaunchLauncher"),
+            _component("process_launcher", f"{HERE}.worker.RelaunchLauncher"),
             _component("site_guard", f"{HERE}.guards.SiteGuard"),
         ],
     }
@@ -87,7 +95,7 @@ def harden_site(
     write_local(kit, "resources.json", resources)
     write_local(kit, "authorization.json", _authorization(admin_role))
     write_local(kit, "privacy.json", scopes)
-    write_local(kit, "site.json", asdict(site))
+    write_site(kit, site)
 
 
 def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None:
@@ -128,50 +136,3 @@ def _authorization(admin_role: str) -> dict[str, Any]:
     never = ("byoc", "clone_job", "shell_commands")
     roles[admin_role] = dict.fromkeys(may, "any") | dict.fromkeys(never, "none")
     return {"format_version": "1.0", "permissions": roles}
-
-
-class RelaunchLauncher(ClientProcessJobLauncher):
-    """Starts a hospital's worker, again if it dies: by itself the engine would fail the
-    run of all hospitals at once."""
-
-    def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> JobHandleSpec:
-        kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
-        given = fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS) or {}
-        command = shlex.split(self.get_command(job_meta, fl_ctx))
-        environment = os.environ | get_credential_env(given)
-        environment |= {PARENT: str(os.getpid())}
-        return Worker(command, environment, read_site(kit).relaunches)
-
-
-class Worker(JobHandleSpec):
-    """A worker process; over when it ends by itself, is stopped, or has died too often.
-
-    Its death is not reported: the run goes on without this hospital.
-    """
-
-    def __init__(
-        self, command: list[str], environment: Mapping[str, str], relaunches: int
-    ) -> None:
-        self.command, self.environment = command, environment
-        self.left, self.stopped = relaunches, False
-        self._start()
-
-    def _start(self) -> None:
-        self.process = subprocess.Popen(
-            self.command, env=self.environment, stdin=subprocess.DEVNULL
-        )
-
-    def terminate(self) -> None:
-        self.stopped = True
-        self.process.kill()
-
-    def poll(self) -> JobReturnCode:
-        codes = {0: JobReturnCode.SUCCESS, 9: JobReturnCode.ABORTED}
-        return codes.get(self.process.poll(), JobReturnCode.UNKNOWN)
-
-    def wait(self) -> None:
-        while self.process.wait() not in (0, 9) and not self.stopped and self.left > 0:
-            self.left -= 1
-            time.sleep(1.0)
-            if not self.stopped:
-                self._start()

@@ -1,0 +1,107 @@
+"""A run as the engine is told of it: names and numbers in `run.json`, and the model.
+
+Written at the coordinator, read by the controller and by each silo's executor. The
+classes are named, not imported: a job brings no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fl_helpers.cross_silo.on_premises.site import HERE, site_name
+from fl_helpers.cross_silo.run import Run, from_plain, to_plain
+from fl_helpers.simulation import Params
+
+CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
+INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
+MAY_CHANGE = ("rounds", "quorum", "deadline", "stop")  # of a run that is resumed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process of the engine knows of its run.
+
+    id: the same for a run that is started again. silos: names, by NVFlare's names of
+    their sites. run: its params without content, these are in `initial`.
+    """
+
+    id: str
+    silos: Mapping[str, str]
+    run: Run
+    folder: Path
+
+    def initial(self, names: Iterable[str]) -> Params:
+        """Entries of the initial model, no others are read."""
+        with safe_open(self.folder / INITIAL, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+
+
+def read_job(fl_ctx: FLContext) -> Job:
+    """The job of this process."""
+    workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
+    folder = Path(workspace.get_app_dir(fl_ctx.get_job_id())) / CONFIG
+    found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    return Job(found["id"], found["silos"], from_plain(found["run"]), folder)
+
+
+def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
+    """Write a folder for the engine, below jobs; returns it.
+
+    Raises ValueError for a quorum that the silos cannot reach, and for a name that
+    another run had.
+    """
+    quorum = run.quorum or len(silos)
+    if quorum > len(silos):
+        raise ValueError(f"quorum {quorum}, but there are {len(silos)} silos")
+    folder = jobs / run.name
+    app = folder / "app" / CONFIG
+    app.mkdir(parents=True, exist_ok=True)
+    save_file(dict(run.params), app / INITIAL)
+    digest = hashlib.sha256((app / INITIAL).read_bytes()).hexdigest()
+    sites = {site_name(silo): silo for silo in silos}
+    content = {"run": to_plain(run), "silos": sites, "initial": digest}
+    _write(app / RUN, {"id": run_id(app / RUN, content), **content})
+    about = {"name": run.name, "resource_spec": {}, "min_clients": quorum}
+    _write(folder / "meta.json", about | {"deploy_map": {"app": ["@ALL"]}})
+    empty = ("components", "task_data_filters", "task_result_filters")
+    base = {"format_version": 2, **{key: [] for key in empty}}
+    rounds = {"id": "rounds", "path": f"{HERE}.controller.RoundController", "args": {}}
+    poll = {"task_request_interval": 0.1}  # seconds; by default 2
+    server = base | {"workflows": [rounds], "server": poll}
+    _write(app / "config_fed_server.json", server)
+    trainer = {"path": f"{HERE}.executor.SiteExecutor", "args": {}}
+    tasks = [{"tasks": ["train", "evaluate"], "executor": trainer}]
+    _write(app / "config_fed_client.json", base | {"executors": tasks})
+    return folder
+
+
+def run_id(path: Path, content: Mapping[str, Any]) -> str:
+    """The id of a run that was started before with the same content, or a new one."""
+    if not path.exists():
+        return uuid.uuid4().hex
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    before, now = ({**c["run"], **c} for c in (kept, json.loads(json.dumps(content))))
+    compared = now.keys() - {"run", *MAY_CHANGE}
+    if differ := sorted(k for k in compared if before.get(k) != now[k]):
+        raise ValueError(
+            f"run {now['name']!r} was started before with another {differ}; give this "
+            "one another name"
+        )
+    return kept["id"]
+
+
+def _write(path: Path, content: Any) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
