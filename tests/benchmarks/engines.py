@@ -34,8 +34,10 @@ from safetensors.torch import load_file, save_file
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo import hospital
+from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import gate, provision
-from fl_helpers.cross_silo.on_premises.fleet import Fleet, Run
+from fl_helpers.cross_silo.on_premises.fleet import Fleet
+from fl_helpers.cross_silo.run import Run
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import run_rounds
@@ -65,7 +67,7 @@ class Work:
         federation = dict(project="latency", on_premises=shared, silos=members)
         self.silos_yaml = folder / "silos.yaml"
         self.silos_yaml.write_text(json.dumps(federation))  # JSON is YAML
-        federation = provision.read_silos(self.silos_yaml)
+        federation = read_federation(self.silos_yaml)
         self.kits = provision.provision(federation, folder / "fleet")
         self.settings = dict(num_classes=CLASSES, rounds=rounds, **TRAINING)
         torch.manual_seed(SEED)

@@ -54,14 +54,15 @@ def wrapped(name, function):
 def say(name, began):
     os.write(1, f"\\nTIMED {json.dumps([name, began, time.time()])}\\n".encode())
 """
-MODULE = "sys.modules[__name__]"
+MODULE, ENGINE = "sys.modules[__name__]", "cross_silo/on_premises"
 TIMED = [  # file of fl_helpers, where its functions are, and which
     ("exchange.py", MODULE, "read_model", "write_model", "read_update", "write_update"),
     ("training.py", MODULE, "train_locally"),
-    ("client.py", MODULE, "load_client"),
-    ("on_premises/controller.py", "RoundController", "_ask", "_read", "_save"),
-    ("on_premises/executor.py", "SiteExecutor", "execute", "_global_model"),
-    ("on_premises/gate.py", "EgressGate", "process"),
+    ("cross_silo/turn.py", MODULE, "load_client", "receive"),
+    (f"{ENGINE}/controller.py", "RoundController", "_ask", "_read"),
+    (f"{ENGINE}/record.py", "Record", "save"),
+    (f"{ENGINE}/executor.py", "SiteExecutor", "execute"),
+    (f"{ENGINE}/gate.py", "EgressGate", "process"),
 ]
 RESNET = """
 from fl_helpers.models import torchvision_model
@@ -88,7 +89,7 @@ def hook(package, model):
                 file.write("\nimport sys\nfrom fl_helpers.timed import timed\n")
                 file.write(f"timed({owner}, *{functions})\n")
     if model == "resnet18":
-        with (package / "hospital.py").open("a") as file:
+        with (package / "cross_silo/hospital.py").open("a") as file:
             file.write(RESNET)
 
 
@@ -136,13 +137,13 @@ def on_premises(work, rounds):
 
     def play(index):
         answers = [e for e in events if e["event"] == "update" and e["round"] == index]
-        ask, save = nth(server, "_ask", index), nth(server, "_save", index)
+        ask, save = nth(server, "_ask", index), nth(server, "save", index)
         read = [s for s in server if s[0] == "_read" and ask[0] < s[1] < ask[1]]
         read = max(read, key=lambda span: span[2])
         own = of[answers[-1]["silo"]]
         execute, model, train, gate = (
             nth(own, name, index)
-            for name in ("execute", "_global_model", "train_locally", "process")
+            for name in ("execute", "receive", "train_locally", "process")
         )
         cuts = [(OTHER, ask[0]), (TO, execute[0]), (OTHER, model[0]), (SILO, model[1])]
         cuts += [
@@ -229,6 +230,8 @@ def of_job(times, found):
     stages |= dict(write_model=SAVE, train_locally=TRAIN, load_client=LOAD)
     cuts, between = [(RUNNER, times[1])], START
     for name, began, ended in found:
+        if name not in stages:  # on premises it is
+            continue
         cuts += [(between, began), (stages[name], ended)]
         between = AGGREGATE if aggregates and name.startswith("read") else OTHER
     return cuts + [(END, times[2]), (RUNNER, times[3])]
