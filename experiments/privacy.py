@@ -39,6 +39,7 @@ from fl_helpers.models import mlp, small_cnn
 from fl_helpers.privacy import (
     Account,
     Budget,
+    Mechanism,
     noise_for,
     nothing_spent,
     privatise_update,
@@ -122,8 +123,7 @@ def plain_client(make, *, lr, epochs=2):
 def private_client(epsilon, *, rate, steps, lr, momentum):
     budget = Budget(epsilon, DELTA)
     noise = noise_for(budget, sample_rate=rate, steps=ROUNDS * steps)
-    how = dict(noise_multiplier=noise, max_grad_norm=CLIP, sample_rate=rate)
-    how |= dict(steps=steps, lr=lr, momentum=momentum)
+    how = dict(mechanism=Mechanism(noise, CLIP, rate, steps), lr=lr, momentum=momentum)
 
     def client(params, silo, *, round_index, rng):
         account = Account(params, budget, silo=silo.name)
@@ -270,8 +270,7 @@ def sent_by(model, x, y, *, epochs=1, batch_size=None, epsilon=None):
         budget = Budget(epsilon, DELTA)
         noise = noise_for(budget, sample_rate=1.0, steps=1)
         account = Account(nothing_spent(), budget, silo="a")
-        how = dict(noise_multiplier=noise, max_grad_norm=CLIP, sample_rate=1.0)
-        how |= dict(steps=1, lr=1.0, account=account)
+        how = dict(mechanism=Mechanism(noise, CLIP, 1.0, 1), lr=1.0, account=account)
         update = train_privately(mine, silo, rng=rng, **how)
     return attacks.sent_gradient(model.state_dict(), update.params, model)
 
@@ -311,9 +310,8 @@ def invert(condition, seed):
     sent = [sent_by(model, x[part], y[part], **options) for part in parts]
     total = {k: sum(one[k] for one in sent) for k in sent[0]}
     rng = torch.Generator().manual_seed(seed)
-    found = attacks.invert_gradient(
-        model, total, y[rows], x.shape[1:], rng=rng, iterations=300, bounds=BOUNDS
-    )
+    how_long = dict(search=attacks.Search(iterations=300), rng=rng, bounds=BOUNDS)
+    found = attacks.invert_gradient(model, total, y[rows], x.shape[1:], **how_long)
     (best,) = attacks.closest(found, victim[None], span=SPAN)
     return {
         "ssim": attacks.ssim(best, victim, **how),

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
 Layout = dict[str, tuple[torch.Size, torch.dtype]]  # name: (shape, dtype)
+Step = tuple[Tensor, tuple[Tensor, ...]]  # an entry, and what to remember of it
 
 
 class UpdateLike(Protocol):
@@ -66,6 +67,7 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
     return {name: value.to(layout[name][1]) for name, value in mean.items()}
 
 
+@dataclass(eq=False, repr=False)
 class ServerRule:
     """What the rules below share: the global model, and memory between rounds.
 
@@ -83,14 +85,16 @@ class ServerRule:
     entries, and as `weighted_average`.
     """
 
-    memory: tuple[str, ...] = ()  # tensors kept for each trainable entry
+    params: Mapping[str, Tensor]
+    trainable: Iterable[str]
+    memory: ClassVar[tuple[str, ...]] = ()  # tensors kept for each trainable entry
 
-    def __init__(self, params: Mapping[str, Tensor], trainable: Iterable[str]) -> None:
-        self.params = {name: value.detach().clone() for name, value in params.items()}
-        self.trainable = frozenset(trainable)
+    def __post_init__(self) -> None:
+        self.params = {k: value.detach().clone() for k, value in self.params.items()}
+        self.trainable = frozenset(self.trainable)
         floating = {k for k, v in self.params.items() if v.is_floating_point()}
         unknown = sorted(self.trainable - self.params.keys())
-        whole = sorted(self.trainable & self.params.keys() - floating)
+        whole = sorted(self.trainable - floating - set(unknown))
         if unknown or whole or not self.trainable:
             raise ValueError(
                 "trainable must name floating entries of params, at least one; "
@@ -122,9 +126,7 @@ class ServerRule:
         """Mean of the updates, and how far to go towards it (1: all the way)."""
         return weighted_average(updates), 1.0
 
-    def _step(
-        self, x: Tensor, mean: Tensor, *memory: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _step(self, x: Tensor, mean: Tensor, *memory: Tensor) -> Step:
         """Next value of one trainable entry, and what to remember of it."""
         return mean, ()
 
@@ -150,36 +152,31 @@ class ServerRule:
         self.rounds_done = int(state["rounds_done"])
 
 
+@dataclass(eq=False, repr=False)
 class FedAvgM(ServerRule):
     """FedAvg with momentum at the server (Hsu, Qi and Brown 2019).
 
     delta = mean - x;  v <- momentum * v + delta;  x <- x + lr * v
     """
 
-    memory = ("momentum",)
+    _: KW_ONLY
+    lr: float = 1.0
+    momentum: float = 0.9
+    memory: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        trainable: Iterable[str],
-        *,
-        lr: float = 1.0,
-        momentum: float = 0.9,
-    ) -> None:
-        super().__init__(params, trainable)
-        _check_range("lr", lr, above=0)
-        _check_range("momentum", momentum, least=0, below=1)
-        self.lr, self.momentum = lr, momentum
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.lr > 0, "lr must be > 0", self.lr)
+        _require(0 <= self.momentum < 1, "momentum must be >= 0 and < 1", self.momentum)
 
-    def _step(
-        self, x: Tensor, mean: Tensor, *memory: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _step(self, x: Tensor, mean: Tensor, *memory: Tensor) -> Step:
         (velocity,) = memory
         # lerp, so that lr = 1 without momentum is the mean itself, to the last bit.
         new = x.lerp(mean, self.lr) + self.lr * self.momentum * velocity
         return new, (self.momentum * velocity + (mean - x),)
 
 
+@dataclass(eq=False, repr=False)
 class FedOpt(ServerRule):
     """A step size per parameter (Reddi et al. 2021, Algorithm 2); use one of its three
     kinds, FedAdagrad, FedAdam or FedYogi, which differ in v.
@@ -192,28 +189,21 @@ class FedOpt(ServerRule):
     as in Flower (the paper: at least tau^2).
     """
 
-    memory = ("first_moment", "second_moment")
+    _: KW_ONLY
+    lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    memory: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
 
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        trainable: Iterable[str],
-        *,
-        lr: float = 0.01,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        tau: float = 1e-3,
-    ) -> None:
-        super().__init__(params, trainable)
-        _check_range("lr", lr, above=0)
-        _check_range("beta1", beta1, least=0, below=1)
-        _check_range("beta2", beta2, least=0, below=1)
-        _check_range("tau", tau, above=0)
-        self.lr, self.beta1, self.beta2, self.tau = lr, beta1, beta2, tau
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.lr > 0, "lr must be > 0", self.lr)
+        _require(0 <= self.beta1 < 1, "beta1 must be >= 0 and < 1", self.beta1)
+        _require(0 <= self.beta2 < 1, "beta2 must be >= 0 and < 1", self.beta2)
+        _require(self.tau > 0, "tau must be > 0", self.tau)
 
-    def _step(
-        self, x: Tensor, mean: Tensor, *memory: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _step(self, x: Tensor, mean: Tensor, *memory: Tensor) -> Step:
         first, second = memory
         delta = mean - x
         first = self.beta1 * first + (1 - self.beta1) * delta
@@ -258,6 +248,7 @@ class FedAdam(FedOpt):
         return math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
 
 
+@dataclass(eq=False, repr=False)
 class FedNova(ServerRule):
     """Normalised averaging for silos that take unequal numbers of steps (Wang et al.
     2020, with their tau_eff = sum p_k a_k): who trains longer pulls no harder.
@@ -269,16 +260,12 @@ class FedNova(ServerRule):
     that its gradients get. momentum: the rho that the silos train with.
     """
 
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        trainable: Iterable[str],
-        *,
-        momentum: float = 0.9,
-    ) -> None:
-        super().__init__(params, trainable)
-        _check_range("momentum", momentum, least=0, below=1)
-        self.momentum = momentum
+    _: KW_ONLY
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.momentum < 1, "momentum must be >= 0 and < 1", self.momentum)
 
     def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
         sums = {"examples": 0.0, "length": 0.0, "weight": 0.0, "unit": 0.0}
@@ -303,6 +290,7 @@ class FedNova(ServerRule):
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
 
+@dataclass(eq=False, repr=False)
 class QFedAvg(ServerRule):
     """q-FedAvg: silos that the global model serves badly count more (Li et al. 2020,
     Algorithm 2).
@@ -318,18 +306,14 @@ class QFedAvg(ServerRule):
     n_k * F_k^q.
     """
 
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        trainable: Iterable[str],
-        *,
-        q: float,
-        lipschitz: float,
-    ) -> None:
-        super().__init__(params, trainable)
-        _check_range("q", q, least=0)
-        _check_range("lipschitz", lipschitz, above=0)
-        self.q, self.lipschitz = q, lipschitz
+    _: KW_ONLY
+    q: float
+    lipschitz: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.q >= 0, "q must be >= 0", self.q)
+        _require(self.lipschitz > 0, "lipschitz must be > 0", self.lipschitz)
 
     def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
         sums = {"weight": 0.0, "h": 0.0}
@@ -407,18 +391,9 @@ def _metric(update: UpdateLike, name: str) -> float:
     return value
 
 
-def _check_range(
-    name: str,
-    value: float,
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float = math.inf,
-) -> None:
-    if not (value > above and value >= least and value < below):
-        low = f"> {above}" if above > -math.inf else f">= {least}"
-        high = f" and < {below}" if below < math.inf else ""
-        raise ValueError(f"{name} must be {low}{high}, got {value}")
+def _require(holds: bool, what: str, value: float) -> None:
+    if not (holds and math.isfinite(value)):
+        raise ValueError(f"{what}, got {value}")
 
 
 def _accumulate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,17 @@ def invert_linear(weight: Tensor, bias: Tensor) -> Tensor:
     return weight[fired] / bias[fired, None]
 
 
+@dataclass(frozen=True)
+class Search:
+    """How `invert_gradient` looks. iterations: steps of Adam, on the gradient's sign;
+    lr: of the first ones, times the inputs' range; smoothness: weight of the total
+    variation."""
+
+    iterations: int = 400
+    lr: float = 0.1
+    smoothness: float = 1e-3
+
+
 def invert_gradient(
     model: nn.Module,
     gradient: Mapping[str, Tensor],
@@ -56,19 +68,24 @@ def invert_gradient(
     shape: Sequence[int],
     *,
     rng: torch.Generator,
-    iterations: int = 400,
-    lr: float = 0.1,
-    smoothness: float = 1e-3,
     bounds: tuple[float, float] = (0.0, 1.0),
+    search: Search = Search(),
     loss_fn: Loss = F.cross_entropy,
 ) -> Tensor:
     """Images whose gradient points where the sent one does (Geiping et al. 2020).
 
-    model: with the params that the silo started from, not modified. gradient: as from
-    `sent_gradient`, of any scale. labels [N]: the batch's classes, assumed known; those
-    of one example can be read off, see `labels_of_one`. shape: of one input, such as
-    (1, 32, 32). Minimises 1 - cosine of the gradients + smoothness * total variation,
-    by Adam on the gradient's sign. bounds: range of the inputs.
+    Minimises 1 - cosine of the gradients + smoothness * total variation.
+
+    model: with the params that the silo started from; not modified.
+    gradient: as from `sent_gradient`, of any scale.
+    labels: [N], the batch's classes, assumed known; that of one example can be read
+        off, see `labels_of_one`.
+    shape: of one input, such as (1, 32, 32).
+    rng: draws the images that the search starts from.
+    bounds: smallest and largest value of an input.
+    search: how long, in what steps.
+    loss_fn: the one that the silo trained with.
+
     Returns [N, *shape], in any order.
     """
     names = list(gradient)
@@ -78,15 +95,15 @@ def invert_gradient(
     low, high = bounds
     x = torch.rand(len(labels), *shape, generator=rng) * (high - low) + low
     x.requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=lr * (high - low))
-    at = [iterations * k // 8 for k in (3, 5, 7)]
+    optimizer = torch.optim.Adam([x], lr=search.lr * (high - low))
+    at = [search.iterations * k // 8 for k in (3, 5, 7)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, at, gamma=0.1)
-    for _ in range(iterations):
+    for _ in range(search.iterations):
         loss = loss_fn(functional_call(model, state, (x,)), labels)
         found = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         found = torch.cat([g.flatten() for g in found])
         misfit = 1 - F.cosine_similarity(found, target, dim=0)
-        (x.grad,) = torch.autograd.grad(misfit + smoothness * _variation(x), x)
+        (x.grad,) = torch.autograd.grad(misfit + search.smoothness * _variation(x), x)
         x.grad.sign_()
         optimizer.step()
         schedule.step()

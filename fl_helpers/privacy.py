@@ -69,6 +69,27 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Mechanism:
+    """What DP-SGD does in one turn of a silo.
+
+    noise_multiplier: standard deviation of the noise on the sum of a step's gradients,
+    in units of max_grad_norm, the L2 norm (over all parameters) that each example's
+    gradient is clipped to. sample_rate: chance of each example to be in a step, > 0 to
+    1. steps: per turn. The epsilon does not depend on max_grad_norm.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_steps(self.noise_multiplier, self.sample_rate, self.steps)
+        if not 0 < self.max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm must be > 0, got {self.max_grad_norm}")
+
+
+@dataclass(frozen=True)
 class PrivateUpdate:
     """As `training.Update`. No training loss: it would be a number without noise."""
 
@@ -117,6 +138,8 @@ class Account:
                 "`params | nothing_spent()` with keep_local=[SPENT]"
             )
         self.budget, self.silo = budget, silo
+        for row in params[SPENT].tolist():
+            _check_steps(*row, silo=silo)
         self.spent: Spent = tuple((z, q, int(t)) for z, q, t in params[SPENT].tolist())
 
     @property
@@ -125,6 +148,7 @@ class Account:
 
     def spend(self, noise_multiplier: float, sample_rate: float, steps: int) -> None:
         """Book steps before they are taken; if too dear, book nothing and raise."""
+        _check_steps(noise_multiplier, sample_rate, steps, silo=self.silo)
         rows = list(self.spent)
         if rows and rows[-1][:2] == (noise_multiplier, sample_rate):
             rows[-1] = (noise_multiplier, sample_rate, rows[-1][2] + steps)
@@ -149,51 +173,54 @@ def train_privately(
     model: nn.Module,
     silo: SiloLike,
     *,
+    mechanism: Mechanism,
     account: Account,
-    noise_multiplier: float,
-    max_grad_norm: float,
-    sample_rate: float,
-    steps: int,
     lr: float,
     rng: torch.Generator,
     momentum: float = 0.0,
     loss_fn: Loss = F.cross_entropy,
-    device: str | torch.device = "cpu",
 ) -> PrivateUpdate:
     """Train with DP-SGD on the silo's training examples (Abadi et al. 2016, Alg. 1).
 
-    model: changed in place; no BatchNorm, no dropout. silo.train: x [N, ...], y [N].
     A step takes each example with chance sample_rate (Poisson sampling, which the
-    accounting assumes), clips its gradient to an L2 norm of max_grad_norm over all
-    parameters, adds noise of standard deviation noise_multiplier * max_grad_norm to the
-    sum, and divides by sample_rate * N. loss_fn(logits, y): mean over a batch.
+    accounting assumes), clips its gradient, adds noise to the sum, and divides by
+    sample_rate * N.
 
+    model: changed in place, on its own device; no BatchNorm, no dropout.
+    silo: its `train` is x [N, ...], y [N].
+    mechanism: clipping, noise, sampling and number of steps.
+    account: what the silo has spent; the steps are booked there before they are taken.
+    lr, momentum: of the steps.
     rng: CPU generator; who knows its seed can take the noise off again. In a simulation
-    pass the round's rng, in a real run that of `secret_rng`. Returns an update with the
-    model's own names and the account's entry; metrics are `epsilon` (spent so far) and
-    `steps`. Raises BudgetExceeded before an example is looked at, ValueError for what
-    DP cannot work with, FloatingPointError on divergence.
+        pass the round's rng, in a real run that of `secret_rng`.
+    loss_fn: loss_fn(logits, y) is the mean over a batch.
+
+    Returns an update with the model's own names and the account's entry, on the CPU;
+    metrics are `epsilon` (spent so far) and `steps`. Raises BudgetExceeded before an
+    example is looked at, ValueError for what DP cannot work with, FloatingPointError on
+    divergence.
     """
-    x, y = silo.train
-    _check(silo, account.budget.delta, sample_rate, steps, max_grad_norm)
+    _check_silo(silo, account.budget.delta)
     _check_model(silo.name, model)
-    account.spend(noise_multiplier, sample_rate, steps)
-    x, y = x.to(device), y.to(device)
-    model.to(device).train()
+    rate, steps = mechanism.sample_rate, mechanism.steps
+    account.spend(mechanism.noise_multiplier, rate, steps)
+    model.train()
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
+    x, y = (part.to(device) for part in silo.train)
     noise_rng = rng  # torch wants one on the device of the noise
-    if torch.device(device).type != "cpu":
+    if device.type != "cpu":
         seed = int(torch.randint(2**62, (), generator=rng))
         noise_rng = torch.Generator(device).manual_seed(seed)
     optimizer = DPOptimizer(
         torch.optim.SGD(weights.values(), lr=lr, momentum=momentum),
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-        expected_batch_size=sample_rate * len(x),
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=mechanism.max_grad_norm,
+        expected_batch_size=rate * len(x),
         generator=noise_rng,
     )
     batches = UniformWithReplacementSampler(
-        num_samples=len(x), sample_rate=sample_rate, generator=rng, steps=steps
+        num_samples=len(x), sample_rate=rate, generator=rng, steps=steps
     )
     for batch in batches:
         gradients = _per_example(model, weights, x[batch], y[batch], loss_fn)
@@ -241,6 +268,9 @@ def secret_rng(
     for name, value in sorted(params.items()):
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     # Not manual_seed: on the CPU it uses 32 bits of a seed, few enough to try them all.
+    # So the digest becomes the state itself, which torch gives as bytes: 24 of a header
+    # (seed, counters; fresh from manual_seed they say "draw new numbers first"), then
+    # the Mersenne Twister's 624 words of 32 bits, each in 8 bytes.
     words = np.frombuffer(digest.digest(624 * 4), "<u4").astype("<u8")
     state = torch.Generator().manual_seed(0).get_state()
     state[24 : 24 + words.nbytes] = torch.from_numpy(words.view(np.uint8))
@@ -269,13 +299,18 @@ def privatise_update(
     """Silo-level DP: clip a whole update and add this silo's share of the noise
     (McMahan et al. 2018, Alg. 1; distributed noise as in Kairouz et al. 2021).
 
-    update: with silo and params, not modified. start: params that training began with.
-    The delta is scaled to an L2 norm of at most clip, over all entries; then each value
-    gets noise of standard deviation noise_multiplier * clip / sqrt(num_silos). The sum
-    of num_silos updates has noise_multiplier * clip, and that is what is booked: the
-    epsilon is for those who see only the sum (secure aggregation), while no silo drops
-    out or tells its noise. The update counts as 1 example, or a large silo would weigh
-    more than clip allows. Raises BudgetExceeded; ValueError for whole-number entries.
+    update: with silo and params; not modified.
+    start: params that training began with.
+    account: what the silo has spent; this update is booked there.
+    clip: the delta is scaled to at most this L2 norm, over all entries.
+    noise_multiplier: standard deviation of the noise on the sum, in units of clip.
+    num_silos: how many take part; each adds 1 / sqrt(num_silos) of that noise.
+    rng: CPU generator, as in `train_privately`.
+
+    The epsilon that is booked is for those who see only the sum (secure aggregation),
+    while no silo drops out or tells its noise. The update counts as 1 example, or a
+    large silo would weigh more than clip allows. Raises BudgetExceeded; ValueError for
+    whole-number entries.
     """
     state = {name: value for name, value in start.items() if name != SPENT}
     whole = [name for name, value in state.items() if not value.is_floating_point()]
@@ -300,7 +335,7 @@ def privatise_update(
     return PrivateUpdate(update.silo, params, 1, {"epsilon": account.epsilon})
 
 
-def ledger(
+def spending_table(
     rounds: Iterable[Mapping[str, Any]], budget: Budget, *, mechanism: str = "DP-SGD"
 ) -> list[dict[str, Any]]:
     """What each silo had spent after each round: rows with silo, round (from 0),
@@ -331,12 +366,17 @@ def _per_example(
     return vmap(grad(loss), in_dims=(None, 0, 0))(values, x, y)
 
 
-def _check(silo: SiloLike, delta: float, rate: float, steps: int, clip: float) -> None:
-    if not (0 < rate <= 1 and steps >= 1 and clip > 0):
+def _check_steps(noise: float, rate: float, steps: float, *, silo: str = "") -> None:
+    whole = steps >= 1 and steps % 1 == 0
+    if not (0 <= noise < math.inf and 0 < rate <= 1 and whole):
         raise ValueError(
-            "sample_rate must be > 0 and <= 1, steps >= 1, max_grad_norm > 0; got "
-            f"{rate}, {steps}, {clip} (silo {silo.name!r})"
+            "noise_multiplier must be finite and >= 0, sample_rate > 0 and <= 1, steps "
+            f"a whole number >= 1; got {noise}, {rate} and {steps}"
+            + (f" in the account of silo {silo!r}" if silo else "")
         )
+
+
+def _check_silo(silo: SiloLike, delta: float) -> None:
     n, labels = len(silo.train[0]), len(silo.train[1])
     if not 0 < n == labels or delta >= 1 / n:
         raise ValueError(

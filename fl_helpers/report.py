@@ -62,7 +62,7 @@ def write_report(
     to draw, and to name the worst hospital by; more is better. engine: shown as it is.
     silos: one row per silo, such as `summarize_silos` gives, with "silo" and numbers.
     references: {"local": {silo: value of metric}}, to compare with. privacy: rows of
-    `privacy.ledger`; a "delta" in them is shown. ledger: entries of
+    `privacy.spending_table`; a "delta" in them is shown. ledger: entries of
     `exchange.read_ledger`, of all ledgers that you have. files: to be named with their
     SHA-256, such as the model and the ledgers. figures: {caption: matplotlib figure}.
     card: texts for the fields of `CARD`. settings: seed, learning rate and so on.

@@ -12,6 +12,7 @@ torch and cryptography: copy this file on its own.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -43,15 +44,18 @@ class Hello(NamedTuple):
 
 class Participant:
     """One silo's side of one aggregation; every round takes new ones. Only what its
-    steps `hello`, `share`, `mask` and `reveal` return goes to the orchestrator."""
+    steps `hello`, `share`, `mask` and `reveal` return goes to the orchestrator; the
+    last three happen once: a second `share` would use keys again, and the difference of
+    two `mask` is that of the vectors."""
 
     def __init__(self, name: str, threshold: int) -> None:
         self.name, self.threshold = name, threshold
         self._masking = PrivateKey.generate()
         self._sharing = PrivateKey.generate()
         self._own_seed = secrets.token_bytes(32)
+        self._hellos: dict[str, Hello] = {}
         self._held: dict[str, tuple[bytes, bytes]] = {}
-        self._revealed = False
+        self._steps = ["share", "mask", "reveal"]  # still to come
 
     def hello(self) -> Hello:
         commitment = hashlib.sha256(self._own_seed).digest()
@@ -59,12 +63,14 @@ class Participant:
 
     def share(self, hellos: Mapping[str, Hello]) -> dict[str, bytes]:
         """Shares of both secrets, {receiver: ciphertext that only it can read}."""
-        self._hellos, names, t = dict(hellos), sorted(hellos), self.threshold
+        names, t = sorted(hellos), self.threshold
         if not max(3, len(names) // 2 + 1) <= t <= len(names):
             raise ValueError(
                 f"threshold must be 3 or more (the sum of two tells each the other's) "
                 f"and more than half of the {len(names)} silos, got {t}"
             )
+        self._begin("share")
+        self._hellos = dict(hellos)
         keys = split(self._masking.private_bytes_raw(), len(names), t)
         seeds = split(self._own_seed, len(names), t)
         return {
@@ -74,6 +80,7 @@ class Participant:
 
     def mask(self, vector: Vector, inbox: Mapping[str, bytes]) -> Vector:
         """The vector plus masks. inbox: {sender: ciphertext}; the others are gone."""
+        self._begin("mask")
         for sender, ciphertext in inbox.items():
             try:
                 both = self._box(sender, self.name).decrypt(bytes(12), ciphertext, None)
@@ -92,14 +99,22 @@ class Participant:
     ) -> dict[str, bytes]:
         """One share for each silo: of its own mask if it survived, of its key if it
         dropped out. Never both: together they would uncover its update."""
-        if self._revealed or set(survivors) & set(dropped):
-            raise ValueError(f"silo {self.name!r} reveals one secret of each, and once")
+        if set(survivors) & set(dropped):
+            raise ValueError(f"silo {self.name!r} reveals one secret of each, not both")
         if len(self._held.keys() & set(survivors)) < self.threshold:
             few = f"{len(survivors)} silos are left, {self.threshold} are needed"
             raise ValueError(f"{few}: silo {self.name!r} reveals nothing; start again")
-        self._revealed = True
+        self._begin("reveal")
         seeds = {name: self._held[name][1] for name in survivors}
         return seeds | {name: self._held[name][0] for name in dropped}
+
+    def _begin(self, step: str) -> None:
+        if self._steps[:1] != [step]:
+            raise ValueError(
+                f"silo {self.name!r} is asked to {step}, but each step happens once, in"
+                f" order, and {self._steps} are left; start again with new participants"
+            )
+        self._steps.pop(0)
 
     def _box(self, sender: str, receiver: str) -> ChaCha20Poly1305:
         """Encryption from one silo to another; a key per direction, used once."""
@@ -174,15 +189,44 @@ def secure_sum(
 def secure_average(
     updates: Iterable[Any], *, threshold: int, dropped: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """`weighted_average` by `secure_sum`, to about 1e-6, of those that did not drop.
-    updates: with silo, params (see `encode`), and num_examples, which stays visible."""
-    updates = list(updates)
+    """`weighted_average` by `secure_sum`, of those that did not drop. updates: with
+    silo, params (see `encode`), and num_examples, which stays visible. Off by at most
+    2^-21 times the number of silos left, over their share of all examples. Raises
+    ValueError as `weighted_average` does, and as `encode`."""
+    updates = _checked(updates)
     total = sum(update.num_examples for update in updates)
     shares = {update.silo: update.num_examples / total for update in updates}
     vectors = {u.silo: encode(u.params, shares[u.silo], silo=u.silo) for u in updates}
     found = secure_sum(vectors, threshold=threshold, dropped=dropped)
     weight = sum(shares[name] for name in found.masked)
     return decode(found.total, updates[0].params, weight)
+
+
+def _checked(updates: Iterable[Any]) -> list[Any]:
+    """The updates, of which each is from another silo, counts, and fits the first."""
+    found: dict[str, Any] = {}
+    layout: dict[str, Any] = {}
+    for update in updates:
+        name, n = update.silo, update.num_examples
+        if name in found:
+            raise ValueError(f"silo {name!r} sent two updates; one per round counts")
+        if isinstance(n, bool) or not 0 < n < math.inf:
+            raise ValueError(
+                f"silo {name!r} reports num_examples={n}; it must be a finite number > "
+                "0: leave a silo without training data out of the round"
+            )
+        own = {k: (v.shape, v.dtype) for k, v in update.params.items()}
+        layout = layout or own
+        differ = sorted(k for k in own | layout if own.get(k) != layout.get(k))
+        if differ:
+            raise ValueError(
+                f"silo {name!r} sent another model: name, shape or dtype of "
+                f"{differ[:3]}; all silos must train the same architecture"
+            )
+        found[name] = update
+    if not found:
+        raise ValueError("no updates to average; at least one silo must take part")
+    return list(found.values())
 
 
 def encode(params: Mapping[str, Tensor], share: float, *, silo: str) -> Vector:

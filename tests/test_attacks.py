@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fl_helpers.attacks import (
+    Search,
     audit_membership,
     closest,
     draw_mix,
@@ -103,7 +104,7 @@ def test_inversion_of_a_smooth_network_finds_one_image_and_not_one_of_eight():
 
     def seen(rows, **options):
         sent = what_is_sent(model, x[rows], y[rows], **options)
-        how = dict(rng=rng(), iterations=160, bounds=(-2.0, 2.0))
+        how = dict(rng=rng(), search=Search(iterations=160), bounds=(-2.0, 2.0))
         found = invert_gradient(model, sent, y[rows], (1, 32, 32), **how)
         best = closest(found, x[rows], span=SPAN)
         return [ssim(a, b, span=SPAN) for a, b in zip(best, x[rows], strict=True)]
@@ -125,7 +126,7 @@ def test_noise_on_the_gradient_stops_inversion():
         name: v / norm + 0.1 * torch.randn(v.shape, generator=rng(1))
         for name, v in sent.items()
     }
-    how = dict(rng=rng(), iterations=160, bounds=(-2.0, 2.0))
+    how = dict(rng=rng(), search=Search(iterations=160), bounds=(-2.0, 2.0))
     found = invert_gradient(model, noisy, y[5:6], (1, 32, 32), **how)
     assert ssim(found[0], x[5], span=SPAN) < 0.4 < ssim(x.mean(0), x[5], span=SPAN)
 

@@ -19,14 +19,15 @@ from fl_helpers.privacy import (
     Account,
     Budget,
     BudgetExceeded,
+    Mechanism,
     PrivateUpdate,
     dp_problems,
     epsilon_spent,
-    ledger,
     noise_for,
     nothing_spent,
     privatise_update,
     secret_rng,
+    spending_table,
     train_privately,
     with_tanh,
 )
@@ -44,9 +45,11 @@ def account(budget=FREE, params=None):
 
 
 def train(model, silo, **options):
-    defaults = dict(account=account(), noise_multiplier=0.0, max_grad_norm=1.0)
-    defaults |= dict(sample_rate=1.0, steps=1, lr=0.1, rng=rng())
-    return train_privately(model, silo, **(defaults | options))
+    how = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=1.0, steps=1)
+    how |= {name: options.pop(name) for name in how if name in options}
+    defaults = dict(account=account(), lr=0.1, rng=rng())
+    mechanism = Mechanism(**how)
+    return train_privately(model, silo, mechanism=mechanism, **(defaults | options))
 
 
 def moved(update, before):
@@ -126,6 +129,25 @@ def test_account_adds_up_over_rounds_and_stops_before_the_budget():
     assert mine.spent == ((noise, 0.2, 30),)  # nothing was booked
     mine.spend(500.0, 0.2, 1)  # what is left buys a step with much noise
     assert mine.entries()[SPENT].tolist() == [[noise, 0.2, 30], [500.0, 0.2, 1]]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (1.0, 0.1, -100), (1.0, 0.1, 0), (1.0, 0.1, 1.5), (1.0, 0.1, math.nan),
+        (math.nan, 0.1, 1), (-1.0, 0.1, 1), (math.inf, 0.1, 1),
+        (1.0, math.nan, 1), (1.0, 0.0, 1), (1.0, 1.5, 1),
+    ],
+)  # fmt: skip
+def test_an_account_books_steps_that_can_be_taken_and_no_others(steps):
+    mine = Account(nothing_spent(), Budget(50, 1e-3), silo="St. Mary")
+    mine.spend(1.0, 0.1, 200)
+    with pytest.raises(ValueError, match="steps a whole number >= 1.*'St. Mary'"):
+        mine.spend(*steps)
+    assert mine.spent == ((1.0, 0.1, 200),)
+    changed = {SPENT: torch.tensor([[1.0, 0.1, 200], steps], dtype=torch.float64)}
+    with pytest.raises(ValueError, match="in the account of silo 'St. Mary'"):
+        Account(changed, Budget(50, 1e-3), silo="St. Mary")
 
 
 def test_a_budget_must_be_a_promise():
@@ -308,10 +330,11 @@ def test_a_model_that_opacus_repaired_can_be_trained():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sample_rate=0), "sample_rate must be > 0 .* got 0"),
-        (dict(sample_rate=1.5), "got 1.5"),
-        (dict(steps=0), "steps >= 1.*'a'"),
-        (dict(max_grad_norm=0), "max_grad_norm > 0"),
+        (dict(sample_rate=0), "sample_rate > 0 and <= 1.* got 0.0, 0 and 1"),
+        (dict(sample_rate=1.5), "got 0.0, 1.5"),
+        (dict(steps=0), "steps a whole number >= 1.* and 0"),
+        (dict(noise_multiplier=-1), "noise_multiplier must be .*>= 0.* got -1"),
+        (dict(max_grad_norm=0), "max_grad_norm must be > 0, got 0"),
         (dict(account=account(Budget(1, 0.5))), "'a' has 40 inputs.*delta=0.5"),
     ],
 )
@@ -348,7 +371,7 @@ def test_trains_on_a_gpu_and_sends_from_the_cpu(silos):
     torch.manual_seed(0)
     model = small_cnn(2, norm="group")
     on_cpu = train(copy.deepcopy(model), silos[0])
-    on_gpu = train(model, silos[0], device="cuda")
+    on_gpu = train(model.cuda(), silos[0])
     for name, value in on_cpu.params.items():
         assert on_gpu.params[name].device.type == "cpu"
         torch.testing.assert_close(on_gpu.params[name], value, rtol=1e-3, atol=1e-4)
@@ -364,9 +387,9 @@ def federate(silos, budget, *, rounds, noise, seed=0, **options):
     def client(params, silo, *, round_index, rng):
         model = linear_model()
         model.load_state_dict({k: params[k] for k in model.state_dict()})
-        how = dict(max_grad_norm=1.0, sample_rate=0.25, steps=2, lr=0.1, rng=rng)
+        how = dict(mechanism=Mechanism(noise, 1.0, 0.25, steps=2), lr=0.1, rng=rng)
         mine = Account(params, budget, silo=silo.name)
-        return train_privately(model, silo, account=mine, noise_multiplier=noise, **how)
+        return train_privately(model, silo, account=mine, **how)
 
     how = dict(rounds=rounds, seed=seed, keep_local=[SPENT], progress=False)
     return run_rounds(start, silos, client, weighted_average, **how | options)
@@ -382,7 +405,8 @@ def test_the_account_survives_a_resume_and_the_bits_are_the_same(silos, tmp_path
     for history in (whole, resumed):
         assert history.local["a"][SPENT].tolist() == [[1.0, 0.25, 8]]  # 4 rounds of 2
         assert SPENT not in history.params  # it never left the silo
-    assert ledger(resumed.rounds, budget) == ledger(whole.rounds, budget)
+    tables = (spending_table(run.rounds, budget) for run in (resumed, whole))
+    assert next(tables) == next(tables)
 
 
 def test_any_number_of_workers_gives_the_same_bits(silos):
@@ -393,9 +417,10 @@ def test_any_number_of_workers_gives_the_same_bits(silos):
     assert all(torch.equal(v, two.params[k]) for k, v in one.params.items())
 
 
-def test_ledger_has_a_row_per_silo_and_round(silos):
+def test_spending_has_a_row_per_silo_and_round(silos):
     budget = Budget(50, 1e-3)
-    rows = ledger(federate(silos, budget, rounds=3, noise=1.0).rounds, budget)
+    history = federate(silos, budget, rounds=3, noise=1.0)
+    rows = spending_table(history.rounds, budget)
     assert [(row["silo"], row["round"]) for row in rows] == [
         ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2),
     ]  # fmt: skip
@@ -415,7 +440,8 @@ def test_a_run_stops_before_the_budget_and_the_last_model_is_kept(silos, tmp_pat
     with pytest.raises(BudgetExceeded, match="'a' stops"):
         federate(silos, budget, rounds=10, noise=1.0, **file)
     kept = federate(silos, budget, rounds=3, noise=1.0, **file)
-    assert all(row["remaining"] >= 0 for row in ledger(kept.rounds, budget))
+    table = spending_table(kept.rounds, budget)
+    assert all(row["remaining"] >= 0 for row in table)
     expected = federate(silos, FREE, rounds=3, noise=1.0)
     assert all(torch.equal(v, kept.params[k]) for k, v in expected.params.items())
 

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_helpers import exchange, report
-from fl_helpers.privacy import Budget
-from fl_helpers.privacy import ledger as privacy_ledger
+from fl_helpers.privacy import Budget, spending_table
 from fl_helpers.report import rounds_of_events, rounds_of_metrics, write_report
 from fl_helpers.training import Update
 
@@ -91,7 +90,7 @@ def test_faults_are_named(tmp_path):
 
 def test_the_privacy_ledger_ends_with_what_was_spent(tmp_path):
     budget = Budget(8.0, 1e-5)
-    rows = privacy_ledger(ROUNDS, budget)
+    rows = spending_table(ROUNDS, budget)
     page = read(tmp_path, privacy=[row | {"delta": budget.delta} for row in rows])
     assert "A DP-SGD 2 2.000 1e-05 6.000 B DP-SGD 2 2.000 1e-05 6.000" in page.text
     assert "ε ≤ 2 differential" in page.text

@@ -1,3 +1,4 @@
+import math
 import secrets
 from types import SimpleNamespace
 
@@ -204,8 +205,22 @@ def test_a_silo_reveals_one_secret_of_each_and_once():
     with pytest.raises(ValueError, match="'A' reveals one secret of each"):
         silo.reveal(["A", "B", "C", "D"], ["D", "E"])
     silo.reveal(["A", "B", "C", "D"], ["E"])
-    with pytest.raises(ValueError, match="and once"):
+    with pytest.raises(ValueError, match="'A' is asked to reveal, .* once"):
         silo.reveal(["A", "B", "C", "E"], ["D"])
+
+
+def test_a_silo_shares_and_masks_once_and_in_order():
+    # Twice the same masks: the difference of what is sent is that of two updates. Twice
+    # the same key and nonce: the XOR of two boxes is that of the shares in them.
+    round_ = Round(vectors())
+    silo, inbox = round_.silos["A"], round_.inbox("A")
+    with pytest.raises(ValueError, match="'A' is asked to share, .*new participants"):
+        silo.share(round_.hellos)
+    silo.mask(round_.parts["A"], inbox)
+    with pytest.raises(ValueError, match="'A' is asked to mask, .*once"):
+        silo.mask(round_.parts["B"], inbox)
+    with pytest.raises(ValueError, match="to mask, .*in order"):
+        Participant("A", 3).mask(round_.parts["A"], inbox)
 
 
 @pytest.mark.parametrize(("silos", "threshold"), [(3, 2), (6, 3), (4, 5)])
@@ -240,6 +255,42 @@ def test_the_secure_average_is_the_weighted_average():
     secure = secure_average(sent, threshold=3, dropped=["C"])
     for name, value in left.items():  # divided by their 0.8 of the weight
         torch.testing.assert_close(secure[name], value, atol=2.1 / 2**20, rtol=1e-6)
+
+
+ONES = {"w": torch.ones(2, 3)}
+REFUSED = {
+    "twice": (update("B", ONES, 1), "silo 'B' sent two updates"),
+    "no examples": (update("D", ONES, 0), "silo 'D' reports num_examples=0"),
+    "less": (update("D", ONES, -2), "silo 'D' reports num_examples=-2"),
+    "all there are": (update("D", ONES, math.inf), "silo 'D' reports num_examples=inf"),
+    "yes": (update("D", ONES, True), "silo 'D' reports num_examples=True"),
+    "name": (update("D", {"v": ONES["w"]}, 1), "silo 'D' sent another model"),
+    "shape": (update("D", {"w": torch.ones(3, 2)}, 1), "silo 'D' sent .*'w'"),
+    "dtype": (update("D", {"w": ONES["w"].double()}, 1), "silo 'D' sent .*'w'"),
+    "NaN": (update("D", {"w": ONES["w"] / 0 * 0}, 1), "silo 'D'"),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), REFUSED.values(), ids=REFUSED)
+def test_the_secure_average_refuses_what_the_plain_one_refuses(bad, message):
+    sent = [update(name, ONES, 1) for name in "ABC"] + [bad]
+    for average in (weighted_average, lambda u: secure_average(u, threshold=3)):
+        with pytest.raises(ValueError, match=message):
+            average(iter(sent))
+    with pytest.raises(ValueError, match="no updates to average"):
+        secure_average([], threshold=3)
+
+
+def test_few_examples_among_many_are_off_by_as_much_as_is_said():
+    values = (0.3, -0.7, 0.1, 0.9)
+    sizes = (1, 1, 1, 200_000)
+    sent = [
+        update(name, {"w": torch.tensor([v], dtype=torch.float64)}, n)
+        for name, v, n in zip("ABCD", values, sizes, strict=True)
+    ]
+    found = secure_average(sent, threshold=3, dropped=["D"])["w"].item()
+    error = abs(found - sum(values[:3]) / 3)
+    assert 0.01 < error <= 3 / 2**21 / (3 / 200_003)
 
 
 @settings(deadline=None)
