@@ -1,0 +1,1 @@
+"""What makes the committed results: see README.md beside this file."""

@@ -1,10 +1,8 @@
 import math
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import batchnorm_model, linear_model
@@ -298,29 +296,3 @@ def test_flipped_labels_spoil_the_average_but_not_the_median():
     median = train_federation(silos, boost, coordinate_median)
     assert evaluate(average, honest)["accuracy"] < 0.7
     assert evaluate(median, honest)["accuracy"] > 0.8
-
-
-# -- the committed experiment (experiments/poisoning.py)
-
-
-from experiments import poisoning as grid  # noqa: E402
-
-RESULTS = Path(__file__).parents[1] / "docs/results/poisoning.csv"
-
-
-def test_the_experiment_is_complete():
-    keys = list(grid.COLUMNS[:5])
-    found = set(pd.read_csv(RESULTS)[keys].itertuples(index=False, name=None))
-    assert found == set(grid.jobs_for()) and len(grid.SEEDS) >= 3
-
-
-def test_the_grid_computes_a_committed_row():
-    job = (0.25, 1, "backdoor, x5", "weighted average", grid.SEEDS[0])
-    row, table = grid.score(job), pd.read_csv(RESULTS)
-    same = (table[list(grid.COLUMNS[:5])] == list(job)).all(axis=1)
-    (committed,) = table[same].to_dict("records")
-    # Another processor may change last bits, and with them some answers.
-    assert row["balanced_accuracy"] == pytest.approx(
-        committed["balanced_accuracy"], abs=0.05
-    )
-    assert row["attack_success"] == pytest.approx(committed["attack_success"], abs=0.1)

@@ -29,10 +29,12 @@ DOCUMENTS = [
     *ROOT.glob("*.md"),
     ROOT / "data/README.md",
     *(ROOT / "docs").rglob("*.md"),
+    ROOT / "experiments/README.md",
 ]
 by_name = dict(ids=lambda path: path.name)
 
 ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
+    "comparison.py": {"scipy"},
     "data.py": {"torchvision", "PIL", "pydicom"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},

@@ -1,14 +1,11 @@
 """Strategies against their papers' equations, Flower, torch.optim and FedAvg itself."""
 
-import json
 import os
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import batchnorm_model, linear_model
@@ -648,49 +645,6 @@ def test_norm_entries_finds_every_kind():
     names = {"0.weight", "0.bias", "1.0.weight", "1.0.bias", "2.weight", "2.bias"}
     assert set(norm_entries(model)) == names
     assert norm_entries(torch.nn.Linear(2, 2)) == []
-
-
-# ---- the committed experiment (experiments/strategies.py)
-
-
-from experiments import strategies as grid  # noqa: E402
-
-RESULTS = Path(__file__).parents[1] / "docs/results"
-
-
-@pytest.mark.parametrize("strategy", grid.strategies_for("heart_disease"))
-def test_the_grid_computes_its_committed_rows(strategy):
-    """The smallest federation again, first seed: the rows in strategies.csv."""
-    case = ("heart_disease", "by site")
-    options = grid.best_settings()[(*case, strategy)]
-    rows = pd.DataFrame(grid.score((*case, 0, strategy, options, False, None)))
-    table = pd.read_csv(RESULTS / "strategies.csv")
-    query = "dataset == 'heart_disease' and seed == 0 and strategy == @strategy"
-    committed = table.query(query)
-    rows = rows.sort_values("silo")
-    assert committed.silo.tolist() == rows.silo.tolist()
-    assert committed.options.unique().tolist() == [json.dumps(options, sort_keys=True)]
-    for metric in ("balanced_accuracy", "auroc", "bytes"):
-        # Another processor may change last bits, and with them an answer or two.
-        np.testing.assert_allclose(rows[metric], committed[metric], atol=0.03)
-
-
-def test_the_experiment_is_complete_and_fair():
-    tuning = pd.read_csv(RESULTS / "strategies_tuning.csv")
-    table = pd.read_csv(RESULTS / "strategies.csv")
-    keys = ["dataset", "differ"]
-    tuning, table = tuning.set_index(keys), table.set_index(keys)
-    for dataset, differ in grid.FEDERATIONS:
-        tried, tested = tuning.loc[(dataset, differ)], table.loc[(dataset, differ)]
-        names = set(grid.strategies_for(dataset))
-        assert set(tested.strategy) == set(tried.strategy) == names
-        effort = tried.groupby("strategy")[["options", "seed"]].nunique()
-        assert (effort.options == 6).all()  # the same tuning effort for each
-        assert effort.seed.nunique() == 1
-        seeds = tested.groupby("strategy").seed.nunique()
-        assert seeds.min() == seeds.max() >= 5
-        assert set(tested.seed).isdisjoint(tried.seed)
-        assert tested.groupby(["strategy", "seed"]).size().eq(4).all()
 
 
 def test_an_aggregate_by_name():
