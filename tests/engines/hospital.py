@@ -1,5 +1,6 @@
 """What each hospital of the tests brings: data from its folder, a model, training."""
 
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,12 @@ def client(data, settings):
         return spoil(plan.get(str(round_index), ""), done)
 
     return Client(load_silo(data), with_faults, test)
+
+
+def prepare(data, target, settings):
+    """Data as `client` takes them, from a hospital's own form: here they are that."""
+    for path in Path(data).iterdir():
+        shutil.copy(path, target)
 
 
 def spoil(fault, update):

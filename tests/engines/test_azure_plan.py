@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fl_helpers.cross_silo.azure_ml import explain, plan
 from fl_helpers.training import norm_entries
 
-from . import azure_trial
+from . import azure_trial, hospital
 
 A, B = "train_0000_hospital_a", "train_0000_hospital_b"
 STORE = "azureml://datastores"
@@ -34,7 +34,7 @@ def legal(fed, tmp_path_factory):
         aggregate="FedAdam",
         trainable=[name for name, _ in model.named_parameters()],
         keep_local=norm_entries(model),
-        prepare="fl_helpers.cross_silo.hospital:prepare",
+        prepare=f"{hospital.__file__}:{hospital.prepare.__name__}",
     )
     return job._to_dict()
 

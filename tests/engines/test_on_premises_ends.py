@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from fl_helpers.cross_silo.federation import read_federation
-from fl_helpers.cross_silo.on_premises import provision
+from fl_helpers.cross_silo.on_premises import provision, site
 from fl_helpers.cross_silo.on_premises.fleet import MARK, Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
 
@@ -78,3 +78,15 @@ def test_a_hospital_that_does_not_come_is_named(silos_yaml, tmp_path):
             pass
     assert "Hospital-B.log" in str(e.value)
     assert not marked(tmp_path / "one")
+
+
+@pytest.mark.parametrize("who", ["server", "Hospital-B"])
+def test_a_kit_of_an_older_version_says_what_to_do(silos_yaml, tmp_path, who):
+    """Hardened before, it names classes where they were."""
+    kits = provision.provision(read_federation(silos_yaml), tmp_path)
+    for path in (kits / who / "local").glob("*.json"):
+        text = path.read_text()
+        path.write_text(text.replace(site.HERE, "fl_helpers.on_premises"))
+    with pytest.raises(RunError, match=rf"{who} ended(?s:.)*Harden it again with"):
+        with Fleet(silos_yaml, tmp_path, ready=60):
+            pass

@@ -91,6 +91,20 @@ def test_a_hospitals_policy(kits):
     assert site.read_site(kits / "Hospital-A").silo == "Hospital A"
 
 
+def test_settings_of_an_older_kit_are_refused_with_what_to_do(kit):
+    path = kit / "local" / "site.json"
+    before = {k: v for k, v in json.loads(path.read_text()).items() if k != "version"}
+    path.write_text(json.dumps(before))  # as it was hardened then
+    with pytest.raises(ValueError, match=r"site.json is of version 1, .* takes 2: har"):
+        site.read_site(kit)
+    again = site.Site(**before | {"data": "/new"})
+    site.harden_site(kit, again)
+    assert site.read_site(kit) == again
+    site.write_local(kit, "site.json", {"version": site.VERSION, "organization": "x"})
+    with pytest.raises(TypeError, match="organization"):
+        site.read_site(kit)
+
+
 def test_the_servers_policy(kits):
     local = kits / "server" / "local"
     resources = json.loads((local / "resources.json").read_text())
