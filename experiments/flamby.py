@@ -22,7 +22,7 @@ from fl_helpers.aggregation import weighted_average
 from fl_helpers.data import flamby_test_rows, load_heart_disease
 from fl_helpers.models import mlp
 from fl_helpers.silos import Examples, Silo, make_silos, partition_by_site
-from fl_helpers.simulation import run_rounds
+from fl_helpers.simulation import Execution, run_rounds
 from fl_helpers.training import train_locally
 
 RESULTS = Path(__file__).parents[1] / "docs/results/flamby.csv"
@@ -95,7 +95,7 @@ def by_fedavg(silos, seed):
         return train_locally(load(params), silo, epochs=epochs, rng=rng, **how)
 
     start = new_model(seed).state_dict()
-    run = dict(rounds=15, seed=seed, progress=False)
+    run = dict(rounds=15, seed=seed, execution=Execution(progress=False))
     return load(run_rounds(start, silos, hundred_steps, weighted_average, **run).params)
 
 

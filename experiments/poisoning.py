@@ -24,9 +24,9 @@ from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import small_cnn
 from fl_helpers.robust import NormClipping
 from fl_helpers.silos import Examples, make_silos, partition_by_site
-from fl_helpers.simulation import run_rounds
+from fl_helpers.simulation import Execution, run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
-from fl_helpers.training import cosine_lr, evaluate, train_locally
+from fl_helpers.training import cosine_schedule, evaluate, sgd_client
 
 RESULTS = Path(__file__).parents[1] / "docs/results/poisoning.csv"
 RAW = Path(__file__).parents[1] / "runs/poisoning.csv"  # rows as they are computed
@@ -95,10 +95,12 @@ def load(params):
     return model
 
 
-def client(params, silo, *, round_index, rng):
-    how = dict(epochs=LOCAL_EPOCHS, batch_size=BATCH_SIZE, rng=rng)
-    lr = cosine_lr(LR, round_index, ROUNDS)
-    return train_locally(load(params), silo, lr=lr, **how)
+CLIENT = sgd_client(
+    partial(small_cnn, 3),
+    epochs=LOCAL_EPOCHS,
+    lr=cosine_schedule(LR, ROUNDS),
+    batch_size=BATCH_SIZE,
+)
 
 
 def train(heterogeneity, malicious, attack, rule, seed):
@@ -107,7 +109,7 @@ def train(heterogeneity, malicious, attack, rule, seed):
     torch.manual_seed(seed)
     model = small_cnn(3)
     start, entries = model.state_dict(), [name for name, _ in model.named_parameters()]
-    aggregate, update = (RULES | REFERENCES)[rule](start, entries), client
+    aggregate, update = (RULES | REFERENCES)[rule](start, entries), CLIENT.update
     kind, change = ATTACKS[attack]
     if rule == "without them":
         silos = [silo for silo in silos if silo.name not in names]
@@ -115,11 +117,12 @@ def train(heterogeneity, malicious, attack, rule, seed):
         silos = [poison_data(s, kind, seed) if s.name in names else s for s in silos]
     if change:
         known = {} if attack == "labels, claims x10" else {"entries": entries}
-        update = poisoning.with_attack(client, names, partial(change, **known))
+        update = poisoning.with_attack(CLIENT.update, names, partial(change, **known))
     if attack == "a little":
         little = partial(poisoning.a_little_is_enough, z=1.5, entries=entries)
         aggregate = little(aggregate, names)
-    options = dict(rounds=ROUNDS, seed=seed, workers=1, progress=False)
+    here = Execution(workers=1, progress=False)
+    options = dict(rounds=ROUNDS, seed=seed, execution=here)
     return run_rounds(start, silos, update, aggregate, **options)
 
 

@@ -47,9 +47,9 @@ from fl_helpers.privacy import (
     with_tanh,
 )
 from fl_helpers.silos import make_silos, partition_by_site, split_silo, to_tensor
-from fl_helpers.simulation import run_alone, run_rounds
+from fl_helpers.simulation import Execution, Terms, run_alone, run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
-from fl_helpers.training import cosine_lr, evaluate, train_locally
+from fl_helpers.training import cosine_schedule, evaluate, sgd_client, train_locally
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 RAW = Path(__file__).parents[1] / "runs"  # rows as they are computed, to go on from
@@ -113,11 +113,8 @@ def load(make, params):
 
 
 def plain_client(make, *, lr, epochs=2):
-    def client(params, silo, *, round_index, rng):
-        how = dict(epochs=epochs, lr=cosine_lr(lr, round_index, ROUNDS), batch_size=16)
-        return train_locally(load(make, params), silo, rng=rng, **how)
-
-    return client
+    how = dict(epochs=epochs, lr=cosine_schedule(lr, ROUNDS), batch_size=16)
+    return sgd_client(make, **how).update
 
 
 def private_client(epsilon, *, rate, steps, lr, momentum):
@@ -165,7 +162,8 @@ def fit(approach, level, silos, seed, options):
     make = model_of(approach)
     torch.manual_seed(seed)
     start = make().state_dict()
-    run = dict(rounds=ROUNDS, seed=seed, workers=1, progress=False)
+    here = Execution(workers=1, progress=False)
+    run = dict(rounds=ROUNDS, seed=seed, execution=here)
     own, aggregate = {}, weighted_average
     if approach.startswith("DP-SGD"):
         client, own = private_client(float(level), **options), nothing_spent()
@@ -180,8 +178,8 @@ def fit(approach, level, silos, seed, options):
     if approach.endswith("alone"):
         params = run_alone(start | own, silos, client, **run)
         return {name: load(make, p) for name, p in params.items()}, float(level), 0
-    keep = dict(keep_local=list(own))
-    history = run_rounds(start | own, silos, client, aggregate, **keep, **run)
+    keep = Terms(keep_local=list(own))
+    history = run_rounds(start | own, silos, client, aggregate, terms=keep, **run)
     last = history.rounds[-1]
     epsilon = last["train"][silos[0].name].get("epsilon", math.inf)
     model = load(make, history.params)

@@ -33,6 +33,7 @@ from fl_helpers.differences import (
 from fl_helpers.federated_statistics import combine_statistics, local_statistics
 from fl_helpers.models import mlp, small_cnn
 from fl_helpers.plots import plot_matrix, use_style
+from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.silos import (
     Examples,
     Silo,
@@ -43,16 +44,15 @@ from fl_helpers.silos import (
     pool_silos,
     split_silo,
 )
-from fl_helpers.simulation import run_alone, run_rounds
+from fl_helpers.simulation import Execution, Terms, run_alone, run_rounds
 from fl_helpers.synthetic_cxr import apply_scanner, scanner_for, synthetic_cxr
 from fl_helpers.training import (
-    ControlVariates,
+    ProximalTerm,
     cosine_lr,
     evaluate,
     norm_entries,
     reestimate_statistics,
     train_locally,
-    zero_variates,
 )
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
@@ -189,11 +189,16 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
     often = 2 if strategy == "FedAvg, twice as often" else 1
     rounds, local_epochs = ROUNDS * often, LOCAL_EPOCHS / often
 
-    def client(params, silo, *, round_index, rng, lr=lr, steps_of_all=False, **options):
+    def client(
+        params, silo, *, round_index, rng, lr=lr, steps_of_all=False, mu=0, **options
+    ):
         epochs = local_epochs * (total / len(silo.train.y) if steps_of_all else 1)
         rate = cosine_lr(lr, round_index, rounds)
         how = dict(epochs=epochs, lr=rate, batch_size=BATCH_SIZE, momentum=MOMENTUM)
-        return train_locally(load(params), silo, rng=rng, **how, **options)
+        model = load(params)
+        if mu:
+            options["adjust_gradients"] = ProximalTerm(model, mu)
+        return train_locally(model, silo, rng=rng, **how, **options)
 
     def scaffold(params, silo, **options):
         variates = ControlVariates(params)
@@ -205,10 +210,13 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
         update = client(params, silo, **options)
         return replace(update, metrics=update.metrics | {"loss_before": before})
 
-    run = dict(rounds=rounds, seed=seed, workers=1, progress=False)
+    run = dict(rounds=rounds, seed=seed, execution=Execution(workers=1, progress=False))
 
-    def federate(client=client, aggregate=server.weighted_average, params=start, **how):
-        history = run_rounds(params, silos, client, aggregate, **run | how)
+    def federate(
+        client=client, aggregate=server.weighted_average, params=start, keep=()
+    ):
+        terms = Terms(keep_local=keep)
+        history = run_rounds(params, silos, client, aggregate, terms=terms, **run)
         models = {silo.name: load(history.params_of(silo.name)) for silo in silos}
         return models, history.bytes_sent
 
@@ -238,14 +246,14 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
         return models, sent
 
     own_variates = [name for name in variates if name.startswith("own_variate.")]
-    shared_and_own = dict(params=start | variates, keep_local=own_variates)
+    shared_and_own = dict(params=start | variates, keep=own_variates)
     train = {
         "Local": lambda: (alone(silos), 0),
         "Centralized": lambda: (centralized(), 0),
         "FedAvg": federate,
         "FedAvg, twice as often": federate,
         "FedAvg, GroupNorm": federate,
-        "FedProx": lambda mu: federate(partial(client, proximal_mu=mu)),
+        "FedProx": lambda mu: federate(partial(client, mu=mu)),
         "SCAFFOLD": lambda: federate(scaffold, **shared_and_own),
         "FedNova": lambda: by_rule(server.FedNova, momentum=MOMENTUM),
         "FedAvgM": lambda momentum: by_rule(server.FedAvgM, momentum=momentum),
@@ -253,9 +261,9 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
         "FedAdam": lambda server_lr: by_rule(server.FedAdam, lr=server_lr),
         "FedYogi": lambda server_lr: by_rule(server.FedYogi, lr=server_lr),
         "q-FedAvg": lambda q: by_rule(server.QFedAvg, with_loss, q=q, lipschitz=1 / lr),
-        "FedBN": lambda: federate(keep_local=norm_entries(model)),
-        "FedPer": lambda: federate(keep_local=["head.weight", "head.bias"]),
-        "Local bias": lambda: federate(keep_local=["head.bias"]),
+        "FedBN": lambda: federate(keep=norm_entries(model)),
+        "FedPer": lambda: federate(keep=["head.weight", "head.bias"]),
+        "Local bias": lambda: federate(keep=["head.bias"]),
         "Fine-tuning": fine_tuned,
         "Own statistics": own_statistics,
     }

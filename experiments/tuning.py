@@ -8,6 +8,7 @@ training sets: test sets are not touched, and the seeds are none that a notebook
 
 import argparse
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ from fl_helpers.silos import (
     pool_silos,
     split_silo,
 )
-from fl_helpers.simulation import run_alone, run_rounds
+from fl_helpers.simulation import Execution, run_alone, run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
-from fl_helpers.training import cosine_lr, evaluate, train_locally
+from fl_helpers.training import cosine_schedule, sgd_client
 
 SIZES = (1200, 900, 600, 300)
 TEST_SHARE, VALIDATION_SHARE = 0.75, 0.25
@@ -55,30 +56,21 @@ def score(dataset, root, seed, lr):
     torch.manual_seed(seed)
     start = small_cnn(num_classes).state_dict()
 
-    def load(params):
-        model = small_cnn(num_classes)
-        model.load_state_dict(params)
-        return model
-
-    def client(same_steps):
-        def client_update(params, silo, *, round_index, rng):
-            epochs = LOCAL_EPOCHS * (total / len(silo.train.y) if same_steps else 1)
-            rate = cosine_lr(lr, round_index, ROUNDS)
-            options = dict(epochs=epochs, lr=rate, batch_size=BATCH_SIZE, rng=rng)
-            return train_locally(load(params), silo, **options)
-
-        return client_update
+    def client(epochs):
+        how = dict(lr=cosine_schedule(lr, ROUNDS), batch_size=BATCH_SIZE)
+        return sgd_client(partial(small_cnn, num_classes), epochs=epochs, **how)
 
     def mean_score(models):
-        scores = [evaluate(load(models[s.name]), s.test) for s in silos]
+        scores = [own_epochs.evaluate(models[s.name], s) for s in silos]
         return np.mean([metrics["balanced_accuracy"] for metrics in scores])
 
     def everyone(params):
         return {silo.name: params for silo in silos}
 
-    run = dict(rounds=ROUNDS, seed=seed, progress=False)
+    run = dict(rounds=ROUNDS, seed=seed, execution=Execution(progress=False))
     average = (weighted_average,)
-    own_epochs, same_steps = client(False), client(True)
+    own_epochs = client(LOCAL_EPOCHS)
+    same_steps = client(lambda silo: LOCAL_EPOCHS * (total / len(silo.train.y)))
     federated = run_rounds(start, silos, own_epochs, *average, **run)
     centralized = run_rounds(start, [pool_silos(silos)], own_epochs, *average, **run)
     return {

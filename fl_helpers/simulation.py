@@ -9,17 +9,19 @@ copy this file on its own.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 Params = dict[str, Tensor]
 Metrics = dict[str, float]
+Turn = tuple[Params, Any, torch.Generator]  # what a silo starts from, the silo, its rng
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -40,11 +43,40 @@ class SiloLike(Protocol):
 
 class ClientUpdate(Protocol):
     """Local training: gets the global params (not to be modified), returns an update
-    with .silo, .params, .num_examples and .metrics."""
+    with .silo, .params, .num_examples and .metrics, such as `training.Update`."""
 
     def __call__(
         self, params: Params, silo: Any, *, round_index: int, rng: torch.Generator
     ) -> Any: ...
+
+
+@runtime_checkable
+class Client(Protocol):
+    """What a silo does, such as `training.ClientFunctions`.
+
+    evaluate(params, silo): metrics of the silo's model on its own test set; or None.
+    together([(params, silo, rng), ...], round_index=): the updates of all silos of a
+    round, in that order, for example by `training.train_together`; or None.
+    draws_only_from_rng: update and evaluate draw no number but from the rng that they
+    are given. Only then can silos train in threads: torch has one global generator.
+    """
+
+    update: ClientUpdate
+    evaluate: Callable[[Params, Any], Metrics] | None
+    together: Callable[..., list[Any]] | None
+    draws_only_from_rng: bool
+
+
+@runtime_checkable
+class StatefulRule(Protocol):
+    """An aggregate that remembers something between rounds, such as `FedAdam`; params
+    is the global model that it stands at. It must be new, or resumed with the run."""
+
+    params: Params
+
+    def __call__(self, updates: Iterable[Any]) -> Params: ...
+    def state_dict(self) -> Params: ...
+    def load_state_dict(self, state: Params) -> None: ...
 
 
 class Check(Protocol):
@@ -62,23 +94,134 @@ class Check(Protocol):
     ) -> float | None: ...
 
 
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+
+
 class NoQuorum(RuntimeError):
     """Too few updates for a round; the rounds before it are in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End a run early: when none of the last scores is better than all before.
+
+    metric: a name that the test of a silo's model returns. patience: how many tests
+    may be no better.
+    """
+
+    metric: str
+    patience: int
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive(patience=self.patience)
+
+    def reached(self, scores: Sequence[float]) -> bool:
+        """scores: the mean over silos, one per tested round; NaN is never better."""
+        sign = 1 if self.higher_is_better else -1
+        ranks = [-math.inf if math.isnan(s) else sign * s for s in scores]
+        before = ranks[: -self.patience]
+        return bool(before) and max(ranks) == max(before)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What silos and orchestrator agree on for each round.
+
+    silos_per_round: how many silos are drawn for each round; None is all.
+    keep_local: names of entries that never leave a silo: each goes on with its own, and
+        they are neither averaged nor counted in bytes. Normalisation layers make this
+        FedBN (Li et al. 2021), the head FedPer (Arivazhagan et al. 2019).
+    quorum: how many updates a round needs. A silo that fails is asked once more, with
+        the same draws, and then left out of the round; the average is over those that
+        came. With fewer, NoQuorum: run again, with the same checkpoint, to go on.
+        None: the first failure ends the run, as it is.
+    deadline: seconds for the silos of one round, which then train all at the same time,
+        each in a thread of its own. What comes later is never used: it started from an
+        old model, and the result would depend on the clock. A late thread cannot be
+        stopped. Needs a client that draws_only_from_rng.
+    check: called as check(update, expected, silo=, round_index=, norms=), such as
+        `exchange.check_update`, before an update is used, with the entries that were
+        sent out and `History.norms`; what it refuses is missing, and not asked again.
+        None: aggregate decides, and what it refuses ends the run.
+    stop: when to end before the last round. Needs a client that evaluates.
+    """
+
+    silos_per_round: int | None = None
+    keep_local: Collection[str] = ()
+    quorum: int | None = None
+    deadline: float | None = None
+    check: Check | None = None
+    stop: Stop | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that is written every `every` rounds; if it exists, a run goes on from it.
+
+    It ends with the same bits as a run that was never interrupted: the file also holds
+    what silos keep and what aggregate remembers. It knows the seed, silos, sampling and
+    model, not your functions and their settings: give each algorithm a file of its own.
+    """
+
+    path: str | Path
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive(every=self.every)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out here; nothing in it changes the final model.
+
+    workers: silos that train at the same time, each in a thread with one intra-op
+        thread; None leaves it to `default_workers`. One if the client does not promise
+        draws_only_from_rng.
+    checkpoint: where to go on from, and to write to.
+    evaluate_every: rounds between two tests; the last round is always tested.
+    on_round: called as on_round(record, params) after each round.
+    progress: show a bar with the time left, and balanced accuracy or training loss.
+    """
+
+    workers: int | None = None
+    checkpoint: Checkpoint | None = None
+    evaluate_every: int = 1
+    on_round: Callable[[RoundRecord, Params], None] | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive(evaluate_every=self.evaluate_every)
+        _check_positive(workers=1 if self.workers is None else self.workers)
+
+
+class RoundRecord(TypedDict):
+    """What happened in one round; dictionaries are by name of silo."""
+
+    round: int  # from 0
+    silos: list[str]  # whose updates were used
+    missing: dict[str, str]  # why not
+    train: dict[str, Metrics]
+    test: dict[str, Metrics]  # empty in a round without a test
+    norms: dict[str, float]  # what check returned
+    bytes_down: int  # all silos together
+    bytes_up: int  # of the updates used
+    seconds: float
+    stopped: bool  # whether `Terms.stop` ended the run here
 
 
 @dataclass
 class History:
     """What happened: the final params and one record per round.
 
-    A record holds round (from 0), silos (names whose updates were used), missing
-    ({silo: why not}), train and test ({silo: {metric: value}}), norms ({silo: what
-    check returned}), bytes_down and bytes_up (all silos together; of the updates used),
-    seconds.
     local: {silo: entries of the state that it never sent}, empty without `keep_local`.
     """
 
     params: Params
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[RoundRecord] = field(default_factory=list)
     local: dict[str, Params] = field(default_factory=dict)
 
     def params_of(self, silo: str) -> Params:
@@ -99,7 +242,7 @@ class History:
     @property
     def norms(self) -> list[float]:
         """Norms of the deltas used so far, as check returned them."""
-        return [norm for r in self.rounds for norm in r.get("norms", {}).values()]
+        return [norm for r in self.rounds for norm in r["norms"].values()]
 
     @property
     def bytes_sent(self) -> int:
@@ -110,151 +253,97 @@ class History:
 def run_rounds(
     params: Params,
     silos: Sequence[SiloLike],
-    client_update: ClientUpdate,
-    aggregate: Callable[[Iterable[Any]], Params],
+    client: Client | ClientUpdate,
+    aggregate: StatefulRule | Callable[[Iterable[Any]], Params],
     *,
     rounds: int,
     seed: int,
-    evaluate: Callable[[Params, Any], Metrics] | None = None,
-    evaluate_every: int = 1,
-    silos_per_round: int | None = None,
-    keep_local: Collection[str] = (),
-    quorum: int | None = None,
-    deadline: float | None = None,
-    check: Check | None = None,
-    workers: int | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 1,
-    on_round: Callable[[dict[str, Any], Params], None] | None = None,
-    progress: bool = True,
+    terms: Terms = Terms(),
+    execution: Execution = Execution(),
 ) -> History:
     """Train one global model for a number of rounds.
 
-    params: initial global model, not modified. silos: reduced in the order of their
-    names, whatever order they are given in. client_update(params, silo, round_index=,
-    rng=) runs inside a silo; rng depends on (seed, silo name, round) only. If it has an
-    attribute `together`, together([params, ...], silos, round_index=, rngs=) makes all
-    updates of a round at once, for example with `training.train_together`; after a
-    FloatingPointError, or with a deadline, silos are called one by one.
-    aggregate(updates) gets an iterator; at most 2 * workers updates exist at a time. If
-    it remembers something between rounds, it has `params`, the global model it stands
-    at, and `state_dict` / `load_state_dict`; it must be new, or resumed with the run.
-    evaluate(params, silo): metrics of the silo's model on its own test set, every
-    `evaluate_every` rounds and after the last. silos_per_round: how many silos are
-    drawn for each round; None is all.
-    keep_local: names of entries that never leave a silo: each goes on with its own, and
-    they are neither averaged nor counted in bytes. Normalisation layers make this
-    FedBN (Li et al. 2021), the head FedPer (Arivazhagan et al. 2019).
+    params: initial global model {entry: tensor}, not modified.
+    silos: reduced in the order of their names, whatever order they are given in.
+    client: a function client(params, silo, round_index=, rng=), run inside a silo, or a
+        `Client`, which can also test. What torch draws there, from rng or without a
+        generator, depends on (seed, silo name, round) only: see `draws_from`. If it has
+        `together`, that makes all updates of a round; after a FloatingPointError, or
+        with a deadline, silos are called one by one.
+    aggregate: gets an iterator; at most 2 * workers updates exist at a time.
+    rounds: how many in all, with those in a checkpoint.
+    seed: of every draw.
+    terms, execution: see `Terms` and `Execution`.
 
-    quorum: how many updates a round needs. A silo that fails is asked once more, with
-    the same draws, and then left out of the round; the average is over those that
-    came. With fewer, NoQuorum: run again, with the same checkpoint, to go on. None: the
-    first failure ends the run, as it is.
-    deadline: seconds for the silos of one round, which then train all at the same time,
-    each in a thread of its own. What comes later is never used: it started from an old
-    model, and the result would depend on the clock. A late thread cannot be stopped.
-    check(update, expected, silo=, round_index=, norms=), such as
-    `exchange.check_update`, sees each update before it is used, with the entries that
-    were sent out and `History.norms`; what it refuses is missing, and not asked again.
-    Without it, aggregate decides, and what it refuses ends the run.
-
-    workers: silos that train at the same time, each in a thread with one intra-op
-    thread; None leaves it to `default_workers`. The result is the same for any number.
-    checkpoint: a file, written every `checkpoint_every` rounds; if it exists, the run
-    goes on from it and ends with the same bits as one that was never interrupted: it
-    also holds what silos keep and what aggregate remembers. It knows the seed, silos,
-    sampling and model, not your functions and their settings: give each algorithm a
-    file of its own.
-    on_round(record, params) is called after each round. progress: show a bar with the
-    round, time left, and the mean balanced accuracy or training loss.
+    Raises ValueError for what cannot be meant, NoQuorum, and what client and aggregate
+    raise.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
-    _check_run(silos, rounds, silos_per_round, workers)
-    _check_positive(evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
-    terms = _Terms(quorum, deadline, check)
-    _check_terms(terms, silos_per_round or len(silos))
-    history = _first_history(params, silos, keep_local)
-    run_id = {"seed": seed, "silos": [silo.name for silo in silos]}
-    run_id |= {"silos_per_round": silos_per_round, "model": _fingerprint(params)}
-    run_id |= {"keep_local": sorted(keep_local), "memory": _memory_kind(aggregate)}
-    if checkpoint is not None and Path(checkpoint).exists():
-        history = _load_checkpoint(Path(checkpoint), run_id, rounds, aggregate)
-    done = len(history.rounds)
+    run = _Run(_as_client(client), aggregate, seed, terms)
+    _check_run(silos, rounds)
+    _check_terms(terms, len(silos), run.client)
+    history, file = _first_history(params, silos, terms.keep_local), None
+    if execution.checkpoint:
+        file = _File(execution.checkpoint, _run_id(run, silos, params))
+        history = file.load(rounds, aggregate) or history
     _check_aggregate(aggregate, history.params)
-    workers = workers or default_workers(params, silos_per_round or len(silos))
-    with _worker_pool(workers) as pool, _bar(rounds, done, progress) as bar:
+    done, several = len(history.rounds), terms.silos_per_round or len(silos)
+    workers = _workers(run.client, execution, params, several)
+    with _worker_pool(workers) as pool, _bar(rounds, done, execution.progress) as bar:
         for round_index in range(done, rounds):
+            if _stopped(history, terms.stop):  # also a run that is resumed
+                break
             started = time.perf_counter()
-            chosen = _sample(silos, silos_per_round, seed, round_index)
-            record = _play_round(
-                history, chosen, client_update, aggregate, seed, terms, pool
-            )
+            chosen = _sample(silos, terms.silos_per_round, seed, round_index)
+            record = _play_round(run, history, chosen, pool)
             last = round_index == rounds - 1
-            if evaluate and (last or (round_index + 1) % evaluate_every == 0):
-                record["test"] = _test(history, silos, evaluate, pool)
+            if last or (round_index + 1) % execution.evaluate_every == 0:
+                record["test"] = _test(run, history, silos, pool)
             record["seconds"] = time.perf_counter() - started
             history.rounds.append(record)
-            if checkpoint and (last or (round_index + 1) % checkpoint_every == 0):
-                _save_checkpoint(Path(checkpoint), run_id, history, aggregate)
-            if on_round:
-                on_round(record, history.params)
-            _advance(bar, history)
+            record["stopped"] = _stopped(history, terms.stop)
+            if file:
+                file.save(history, aggregate, last or record["stopped"])
+            if execution.on_round:
+                execution.on_round(record, history.params)
+            _advance(bar, record)
     return history
 
 
 def run_alone(
     params: Params,
     silos: Sequence[SiloLike],
-    client_update: ClientUpdate,
+    client: Client | ClientUpdate,
     *,
     rounds: int,
     seed: int,
-    workers: int | None = None,
-    progress: bool = True,
+    execution: Execution = Execution(),
 ) -> dict[str, Params]:
     """Train one model per silo without any exchange: the reference for a federation.
 
     Each silo starts from params and does what it would do in `run_rounds`, with the
-    same random draws, but goes on from its own result instead of the average. Returns
-    {silo name: its final params}. Arguments as in `run_rounds`.
+    same random draws, but goes on from its own result instead of the average.
+    Arguments as in `run_rounds`; of execution, workers and progress. Returns {silo
+    name: its final params}.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
-    _check_run(silos, rounds, None, workers)
+    _check_run(silos, rounds)
+    run = _Run(_as_client(client), dict, seed, Terms())
+    workers = _workers(run.client, execution, params, len(silos))
 
     def train(silo: SiloLike) -> Params:
         own = params
         for round_index in range(rounds):
-            rng = silo_rng(seed, silo.name, round_index)
-            own = client_update(own, silo, round_index=round_index, rng=rng).params
+            own = _update(run, own, silo, round_index, workers > 1).params
         return own
 
-    with _worker_pool(workers or default_workers(params, len(silos))) as pool:
-        with _bar(len(silos), 0, progress, unit="silo") as bar:
+    with _worker_pool(workers) as pool, _promised(run.client):
+        with _bar(len(silos), 0, execution.progress, unit="silo") as bar:
             result = {}
             for silo, own in zip(silos, pool.map(train, silos), strict=True):
                 result[silo.name] = own
                 bar.update()
     return result
-
-
-def leave_one_out(
-    silos: Sequence[SiloLike], value: Callable[[list[Any]], float]
-) -> dict[str, float]:
-    """What each silo's taking part is worth: value(all) - value(all but this one).
-
-    value(silos): trains with these silos and returns one number, more is better, such
-    as the mean balanced accuracy on the test sets of *all* silos. It is called once
-    for all and once without each. Below 0: the others would be better off without.
-    Two silos with the same data are worth nothing each; Shapley values share that out,
-    at the price of 2^K trainings (Wang et al. 2020, "A principled approach to data
-    valuation for federated learning"). Differences between few silos are noisy: take
-    several seeds.
-    """
-    everyone = value(list(silos))
-    return {
-        one.name: everyone - value([silo for silo in silos if silo is not one])
-        for one in silos
-    }
 
 
 def silo_rng(seed: int, silo: str, round_index: int) -> torch.Generator:
@@ -263,6 +352,30 @@ def silo_rng(seed: int, silo: str, round_index: int) -> torch.Generator:
     It depends on its arguments only (through a hash), never on what ran before.
     """
     return torch.Generator().manual_seed(_derived_seed(seed, silo, round_index))
+
+
+@contextmanager
+def draws_from(rng: torch.Generator) -> Iterator[None]:
+    """For one silo's turn: what torch draws without a generator depends on rng only.
+
+    That is dropout, initial weights, augmentation, the order of a DataLoader and the
+    draws of its worker processes: torch's global generators, of the CPU and of GPUs,
+    are seeded here and restored afterwards. rng is not advanced. Outside of it are the
+    generators of numpy and Python, and threads of a client's own. For one turn at a
+    time in a process: the global generators belong to all its threads.
+    """
+    seed = _derived_seed("draws", rng.initial_seed())
+    cpu, gpus = torch.get_rng_state(), []
+    if _has_gpu():
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        torch.cuda.manual_seed_all(seed)
+    torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
 
 
 def state_bytes(params: Params) -> int:
@@ -286,129 +399,215 @@ def default_workers(params: Params, num_silos: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Terms:
-    """When an update, and a round, counts; see `run_rounds`."""
+class _Function:
+    """A client that is a plain function."""
 
-    quorum: int | None
-    deadline: float | None
-    check: Check | None
+    update: ClientUpdate
+    evaluate: None = None
+    together: None = None
+    draws_only_from_rng: bool = False
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same in all rounds."""
+
+    client: Client
+    aggregate: Callable[[Iterable[Any]], Params]
+    seed: int
+    terms: Terms
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What is kept of an update that was used; own: the entries that the silo keeps."""
+
+    silo: str
+    train: Metrics
+    size: int
+    norm: float | None
+    own: Params
+
+
+def _as_client(client: Client | ClientUpdate) -> Client:
+    return client if isinstance(client, Client) else _Function(client)
+
+
+def _workers(
+    client: Client, execution: Execution, params: Params, num_silos: int
+) -> int:
+    if not client.draws_only_from_rng:
+        return 1
+    return execution.workers or default_workers(params, num_silos)
 
 
 def _play_round(
-    history: History,
-    chosen: Sequence[SiloLike],
-    client_update: ClientUpdate,
-    aggregate: Callable[[Iterable[Any]], Params],
-    seed: int,
-    terms: _Terms,
-    pool: _Pool,
-) -> dict[str, Any]:
-    """Scatter, train, gather: sets history.params and returns the round's record."""
-    before, kept, round_index = history.params, {}, len(history.rounds)
-    record: dict[str, Any] = {"round": round_index, "silos": [], "missing": {}}
-    record |= {"train": {}, "test": {}, "norms": {}}
-    record |= {"bytes_down": state_bytes(before) * len(chosen), "bytes_up": 0}
+    run: _Run, history: History, chosen: Sequence[SiloLike], pool: _Pool
+) -> RoundRecord:
+    """Scatter, train, gather: sets history.params and returns the round's record.
 
-    answers = _train(history, chosen, client_update, seed, terms, pool)
-
-    def received() -> Iterator[Any]:
-        failure = None
-        for silo, answer in zip(chosen, answers, strict=True):
-            try:
-                if isinstance(answer, Exception):
-                    raise answer
-                update, own = _divide(answer, history.local.get(silo.name, {}))
-                norm = _checked(update, before, silo.name, history, terms.check)
-                _note(record, silo.name, update, norm)
-            except Exception as error:
-                if terms.quorum is None:
-                    raise
-                record["missing"][silo.name] = f"{type(error).__name__}: {error}"
-                failure = error
-            else:
-                kept[silo.name] = own
-                yield update
-        if len(record["train"]) < (terms.quorum or 0):
-            raise _no_quorum(record, terms.quorum) from failure
-
-    history.params = aggregate(received())
-    history.local |= {name: own for name, own in kept.items() if own}
-    return record
+    aggregate pulls the updates one by one through `_accept` and `_train`, so that few
+    exist at a time; the record is made of the notes when all have gone by.
+    """
+    bytes_down = state_bytes(history.params) * len(chosen)
+    notes: list[_Note] = []
+    missing: dict[str, str] = {}
+    answers = zip(chosen, _train(run, history, chosen, pool), strict=True)
+    history.params = run.aggregate(_accept(run, history, answers, notes, missing))
+    history.local |= {note.silo: note.own for note in notes if note.own}
+    return RoundRecord(
+        round=len(history.rounds),
+        silos=[note.silo for note in notes],
+        missing=missing,
+        train={note.silo: note.train for note in notes},
+        test={},
+        norms={n.silo: float(n.norm) for n in notes if n.norm is not None},
+        bytes_down=bytes_down,
+        bytes_up=sum(note.size for note in notes),
+        seconds=0.0,
+        stopped=False,
+    )
 
 
 def _train(
-    history: History,
-    chosen: Sequence[SiloLike],
-    client_update: ClientUpdate,
-    seed: int,
-    terms: _Terms,
-    pool: _Pool,
+    run: _Run, history: History, chosen: Sequence[SiloLike], pool: _Pool
 ) -> Iterator[Any]:
-    """What each silo answers, in order: its update, or with a quorum its exception."""
-    before, round_index = history.params, len(history.rounds)
-
-    def start(silo: SiloLike) -> tuple[Params, torch.Generator]:
-        own = before | history.local.get(silo.name, {})
-        return own, silo_rng(seed, silo.name, round_index)
+    """What each silo answers, in order: its update, or its exception."""
+    round_index, deadline = len(history.rounds), run.terms.deadline
+    threads = pool.threads or deadline is not None
+    together = run.client.together
 
     def train(silo: SiloLike) -> Any:
-        for _ in range(1 if terms.quorum is None else 2):
-            own, rng = start(silo)
+        for _ in range(1 if run.terms.quorum is None else 2):
             try:
-                return client_update(own, silo, round_index=round_index, rng=rng)
+                own = history.params_of(silo.name)
+                return _update(run, own, silo, round_index, threads)
             except Exception as error:
                 failure = error
         return failure
 
-    together = getattr(client_update, "together", None)
-    if together and terms.deadline is None:
-        own, rngs = zip(*map(start, chosen), strict=True)
+    if together and deadline is None:
+        rngs = [silo_rng(run.seed, silo.name, round_index) for silo in chosen]
+        starts = [history.params_of(silo.name) for silo in chosen]
         with suppress(FloatingPointError):  # then one by one: who is it?
-            yield from list(together(own, chosen, round_index=round_index, rngs=rngs))
+            with draws_from(rngs[0]):
+                turns = list(zip(starts, chosen, rngs, strict=True))
+                updates = together(turns, round_index=round_index)
+            yield from updates
             return
-    yield from pool.map(train, chosen, terms.deadline)
+    with _promised(run.client):
+        yield from pool.map(train, chosen, deadline)
 
 
-def _checked(
-    update: Any, sent: Params, silo: str, history: History, check: Check | None
-) -> float | None:
-    """What check returns; raises what it raises."""
-    if check is None:
-        return None
-    about = {"silo": silo, "round_index": len(history.rounds)}
-    return check(update, sent, **about, norms=history.norms)
+def _update(
+    run: _Run, params: Params, silo: SiloLike, round_index: int, threads: bool
+) -> Any:
+    """One silo's turn."""
+    rng = silo_rng(run.seed, silo.name, round_index)
+    with nullcontext() if threads else draws_from(rng):
+        return run.client.update(params, silo, round_index=round_index, rng=rng)
 
 
-def _note(record: dict[str, Any], silo: str, update: Any, norm: float | None) -> None:
-    metrics, size = _plain(update.metrics), state_bytes(update.params)
-    record["silos"].append(silo)
-    record["train"][silo] = metrics
-    record["bytes_up"] += size
-    if norm is not None:
-        record["norms"][silo] = float(norm)
-
-
-def _no_quorum(record: dict[str, Any], quorum: int) -> NoQuorum:
-    return NoQuorum(
-        f"round {record['round']}: {len(record['silos'])} updates, the quorum is "
-        f"{quorum}; missing: {record['missing']}; run again when more silos are there: "
-        "with a checkpoint, it goes on from the last round in it"
-    )
+def _accept(
+    run: _Run,
+    history: History,
+    answers: Iterable[tuple[SiloLike, Any]],
+    notes: list[_Note],
+    missing: dict[str, str],
+) -> Iterator[Any]:
+    """Yield the updates that count, without what silos keep, and write down what came:
+    a note of each, or why a silo is missing. Raises NoQuorum after the last one."""
+    round_index, norms, failure = len(history.rounds), history.norms, None
+    for silo, answer in answers:
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            update, own = _divide(answer, history.local.get(silo.name, {}))
+            about = {"silo": silo.name, "round_index": round_index, "norms": norms}
+            check = run.terms.check
+            norm = check(update, history.params, **about) if check else None
+            train, size = _plain(update.metrics), state_bytes(update.params)
+        except Exception as error:
+            if run.terms.quorum is None:
+                raise
+            missing[silo.name] = f"{type(error).__name__}: {error}"
+            failure = error
+        else:
+            notes.append(_Note(silo.name, train, size, norm, own))
+            yield update
+    if len(notes) < (run.terms.quorum or 0):
+        raise NoQuorum(
+            f"round {round_index}: {len(notes)} updates, the quorum is "
+            f"{run.terms.quorum}; missing: {missing}; run again when more silos are "
+            "there: with a checkpoint, it goes on from the last round in it"
+        ) from failure
 
 
 def _test(
-    history: History,
-    silos: Sequence[SiloLike],
-    evaluate: Callable[[Params, Any], Metrics],
-    pool: _Pool,
+    run: _Run, history: History, silos: Sequence[SiloLike], pool: _Pool
 ) -> dict[str, Metrics]:
     """Metrics of each silo's model on its own test set."""
+    evaluate = run.client.evaluate
+    if evaluate is None:
+        return {}
 
     def test(silo: SiloLike) -> Metrics:
-        return _plain(evaluate(history.params_of(silo.name), silo))
+        rng = silo_rng(run.seed, f"{silo.name}/test", len(history.rounds))
+        with nullcontext() if pool.threads else draws_from(rng):
+            return _plain(evaluate(history.params_of(silo.name), silo))
 
     names = [silo.name for silo in silos]
-    return dict(zip(names, pool.map(test, silos), strict=True))
+    with _promised(run.client):
+        return dict(zip(names, pool.map(test, silos), strict=True))
+
+
+def _stopped(history: History, stop: Stop | None) -> bool:
+    """Whether the tests so far end the run; a silo counts where its score is finite."""
+    if stop is None:
+        return False
+    scores = []
+    for tests in (record["test"] for record in history.rounds if record["test"]):
+        values = [test[stop.metric] for test in tests.values() if stop.metric in test]
+        if not values:
+            names = sorted({name for test in tests.values() for name in test})
+            raise ValueError(f"stop needs the metric {stop.metric!r}; there is {names}")
+        values = [value for value in values if math.isfinite(value)]
+        scores.append(sum(values) / len(values) if values else math.nan)
+    return stop.reached(scores)
+
+
+@contextmanager
+def _promised(client: Client) -> Iterator[None]:
+    """Hold a client to its word, `draws_only_from_rng`."""
+    before = torch.get_rng_state()
+    yield
+    if client.draws_only_from_rng and not torch.get_rng_state().equal(before):
+        raise RuntimeError(
+            "something drew from torch's global generator while silos trained in "
+            "threads, so the result depends on their timing; if it was the client, say "
+            "draws_only_from_rng=False, else give it a generator of its own"
+        )
+
+
+@cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _derived_seed(*parts: int | str) -> int:
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def _sample(
+    silos: list[SiloLike], how_many: int | None, seed: int, round_index: int
+) -> list[SiloLike]:
+    """The silos of one round, in order of names, drawn without replacement."""
+    if how_many is None or how_many == len(silos):
+        return silos
+    rng = torch.Generator().manual_seed(_derived_seed(seed, "sampling", round_index))
+    drawn = torch.randperm(len(silos), generator=rng)[:how_many]
+    return [silos[i] for i in sorted(drawn.tolist())]
 
 
 def _first_history(
@@ -444,30 +643,15 @@ def _plain(metrics: Metrics) -> Metrics:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _derived_seed(*parts: int | str) -> int:
-    text = "/".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
-
-
-def _sample(
-    silos: list[SiloLike], how_many: int | None, seed: int, round_index: int
-) -> list[SiloLike]:
-    """The silos of one round, in order of names, drawn without replacement."""
-    if how_many is None or how_many == len(silos):
-        return silos
-    rng = torch.Generator().manual_seed(_derived_seed(seed, "sampling", round_index))
-    drawn = torch.randperm(len(silos), generator=rng)[:how_many]
-    return [silos[i] for i in sorted(drawn.tolist())]
-
-
 class _Pool:
     """Maps a function over silos in threads; results come in order, a few at a time.
 
     With a deadline, in seconds, all run at once, and who is late gives a TimeoutError.
     """
 
-    def __init__(self, executor: Executor | None, workers: int) -> None:
+    def __init__(self, executor: ThreadPoolExecutor | None, workers: int) -> None:
         self._executor, self._ahead = executor, 2 * workers - 1
+        self.threads = executor is not None
 
     def map(
         self,
@@ -543,14 +727,98 @@ def _worker_pool(workers: int) -> Iterator[_Pool]:
         torch.set_num_threads(threads)
 
 
-def _memory_kind(aggregate: Any) -> str | None:
-    """Name of the rule if it remembers something, None for a plain function."""
-    return type(aggregate).__name__ if hasattr(aggregate, "state_dict") else None
+def _run_id(run: _Run, silos: Sequence[SiloLike], params: Params) -> dict[str, Any]:
+    """What must be the same for a run to go on from a file.
+
+    A run may be given more rounds, another quorum or other workers and be the same. The
+    model counts by its layout and the rule by its name, since their values are in the
+    file. Plain values only: the file is read without running code.
+    """
+    layout = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in sorted(params.items())]
+    stateful = isinstance(run.aggregate, StatefulRule)
+    return {
+        "seed": run.seed,
+        "silos": [silo.name for silo in silos],
+        "silos_per_round": run.terms.silos_per_round,
+        "model": hashlib.blake2b("\n".join(layout).encode(), digest_size=4).hexdigest(),
+        "keep_local": sorted(run.terms.keep_local),
+        "memory": type(run.aggregate).__name__ if stateful else None,
+    }
+
+
+class _File:
+    """A run's checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, run_id: dict[str, Any]) -> None:
+        self.path, self.every = Path(checkpoint.path), checkpoint.every
+        self.run_id = run_id
+
+    def load(self, rounds: int, aggregate: Any) -> History | None:
+        """The history so far, with aggregate set to it; None if there is no file."""
+        if not self.path.exists():
+            return None
+        other = "name another file, or delete it to start from the first round"
+        try:  # our own file; weights_only: tensors and plain values, no code is run
+            content = torch.load(self.path, weights_only=True)
+            found, memory = content["run"], content["memory"]
+            history = History(content["params"], content["rounds"], content["local"])
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} is not a checkpoint of run_rounds ({error}); {other}"
+            ) from error
+        if found != self.run_id:
+            raise ValueError(
+                f"{self.path} belongs to another run: {found}, this one is "
+                f"{self.run_id}; {other}"
+            )
+        if len(history.rounds) > rounds:
+            raise ValueError(
+                f"{self.path} belongs to another run: {len(history.rounds)} rounds are "
+                f"done, this one has {rounds}; ask for more rounds or name another file"
+            )
+        if isinstance(aggregate, StatefulRule):
+            aggregate.load_state_dict(memory)
+        return history
+
+    def save(self, history: History, aggregate: Any, now: bool) -> None:
+        """If due, write a temporary file and rename it: a crash leaves the old one."""
+        if not now and len(history.rounds) % self.every:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        content = {"run": self.run_id, "params": history.params}
+        content |= {"rounds": history.rounds, "local": history.local}
+        stateful = isinstance(aggregate, StatefulRule)
+        content["memory"] = aggregate.state_dict() if stateful else {}
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+def _bar(total: int, done: int, show: bool, unit: str = "round") -> tqdm:
+    how = {"disable": not show, "leave": False, "dynamic_ncols": True}
+    return tqdm(total=total, initial=done, unit=unit, file=sys.stdout, **how)
+
+
+def _advance(bar: tqdm, record: RoundRecord) -> None:
+    def values(kind: str, name: str) -> list[float]:
+        return [m[name] for m in record[kind].values() if name in m]
+
+    tested = values("test", "balanced_accuracy")
+    losses = values("train", "train_loss")
+    if tested:
+        share = 100 * sum(tested) / len(tested)
+        bar.set_postfix_str(f"balanced accuracy {share:.1f} %")
+    elif losses:
+        bar.set_postfix_str(f"training loss {sum(losses) / len(losses):.3f}")
+    bar.update()
 
 
 def _check_aggregate(aggregate: Any, params: Params) -> None:
     """Refuse a rule that stands at another model: made for one, or used before."""
-    if _memory_kind(aggregate) is None:
+    if not isinstance(aggregate, StatefulRule):
         return
     own = aggregate.params
     differ = [k for k, v in params.items() if k not in own or not own[k].equal(v)]
@@ -562,113 +830,35 @@ def _check_aggregate(aggregate: Any, params: Params) -> None:
         )
 
 
-def _save_checkpoint(
-    path: Path, run_id: dict[str, Any], history: History, aggregate: Any
-) -> None:
-    """Write to a temporary file and rename it: a crash leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    content = {"run": run_id, "params": history.params, "rounds": history.rounds}
-    content["local"] = history.local
-    content["memory"] = aggregate.state_dict() if run_id["memory"] else {}
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _fingerprint(params: Params) -> str:
-    """Fingerprint of the names, shapes and dtypes of a model's state."""
-    text = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in sorted(params.items())]
-    return hashlib.blake2b("\n".join(text).encode(), digest_size=4).hexdigest()
-
-
-def _load_checkpoint(
-    path: Path, run_id: dict[str, Any], rounds: int, aggregate: Any
-) -> History:
-    try:  # our own file; weights_only: tensors and plain values, no code is run
-        content = torch.load(path, weights_only=True)
-        found, memory = content["run"], content["memory"]
-        history = History(content["params"], content["rounds"], content["local"])
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of run_rounds ({error}); name another file, "
-            "or delete it to start from the first round"
-        ) from error
-    if found != run_id:
-        raise ValueError(
-            f"{path} belongs to another run: {found}, this one is {run_id}; name "
-            "another file, or delete it to start from the first round"
-        )
-    if len(history.rounds) > rounds:
-        raise ValueError(
-            f"{path} belongs to another run: {len(history.rounds)} rounds are done, "
-            f"this one has {rounds}; ask for more rounds or name another file"
-        )
-    if run_id["memory"]:
-        aggregate.load_state_dict(memory)
-    return history
-
-
-def _bar(total: int, done: int, show: bool, unit: str = "round") -> tqdm:
-    return tqdm(
-        total=total,
-        initial=done,
-        unit=unit,
-        disable=not show,
-        leave=False,
-        file=sys.stdout,
-        dynamic_ncols=True,
-    )
-
-
-def _advance(bar: tqdm, history: History) -> None:
-    record = history.rounds[-1]
-    tested = [
-        m["balanced_accuracy"]
-        for m in record["test"].values()
-        if "balanced_accuracy" in m
-    ]
-    losses = [m["train_loss"] for m in record["train"].values() if "train_loss" in m]
-    if tested:
-        bar.set_postfix_str(
-            f"balanced accuracy {100 * sum(tested) / len(tested):.1f} %"
-        )
-    elif losses:
-        bar.set_postfix_str(f"training loss {sum(losses) / len(losses):.3f}")
-    bar.update()
-
-
-def _check_run(
-    silos: Sequence[SiloLike],
-    rounds: int,
-    silos_per_round: int | None,
-    workers: int | None,
-) -> None:
+def _check_run(silos: Sequence[SiloLike], rounds: int) -> None:
     names = [silo.name for silo in silos]
     twice = sorted({name for name in names if names.count(name) > 1})
     if not names:
         raise ValueError("no silos to train on")
     if twice:
         raise ValueError(f"silo names used twice: {twice}; give each silo its own name")
-    if silos_per_round is not None and not 1 <= silos_per_round <= len(names):
+    _check_positive(rounds=rounds)
+
+
+def _check_terms(terms: Terms, num_silos: int, client: Client) -> None:
+    some, quorum, deadline = terms.silos_per_round, terms.quorum, terms.deadline
+    if some is not None and not 1 <= some <= num_silos:
+        raise ValueError(f"silos_per_round must be 1 to {num_silos} (all), got {some}")
+    asked = some or num_silos
+    if quorum is not None and not 1 <= quorum <= asked:
         raise ValueError(
-            f"silos_per_round must be 1 to {len(names)} (all), got {silos_per_round}"
+            f"quorum must be 1 to {asked} (all that are asked), got {quorum}"
         )
-    _check_positive(rounds=rounds, workers=1 if workers is None else workers)
-
-
-def _check_terms(terms: _Terms, num_silos: int) -> None:
-    if terms.quorum is not None and not 1 <= terms.quorum <= num_silos:
+    if deadline is not None and not deadline > 0:
+        raise ValueError(f"deadline must be > 0 seconds, got {deadline}")
+    if deadline is not None and not client.draws_only_from_rng:
         raise ValueError(
-            f"quorum must be 1 to {num_silos} (all that are asked), got {terms.quorum}"
+            "with a deadline, silos train in threads, which share torch's global "
+            "generator; if update draws only from its rng, as train_locally does, say "
+            "ClientFunctions(update, draws_only_from_rng=True)"
         )
-    if terms.deadline is not None and not terms.deadline > 0:
-        raise ValueError(f"deadline must be > 0 seconds, got {terms.deadline}")
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    if terms.stop and client.evaluate is None:
+        raise ValueError(
+            f"stop needs {terms.stop.metric!r} of each round, and this client has no "
+            "evaluate; give it one: ClientFunctions(update, evaluate)"
+        )

@@ -6,8 +6,9 @@ training) or metrics. Needs only torch: copy this file on its own.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.sgd import sgd
 from torch.utils._python_dispatch import TorchDispatchMode
+
+CPU = torch.device("cpu")
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels; per example
 
 
 class SiloLike(Protocol):
@@ -54,21 +58,22 @@ def train_locally(
     rng: torch.Generator,
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
-    proximal_mu: float = 0.0,
     adjust_gradients: Callable[[nn.Module], None] | None = None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    device: str | torch.device = "cpu",
+    loss_fn: Loss = F.cross_entropy,
 ) -> Update:
     """Run `epochs` passes of minibatch SGD on the silo's training examples.
 
-    model: changed in place; it holds the parameters to start from.
-    silo.train: x [N, ...] float, y [N] class indices. epochs: may be a fraction.
+    model: changed in place; it holds the parameters to start from, and is trained on
+        the device on which it is.
+    silo: its train is x [N, ...] float, y [N] class indices.
+    epochs: passes over the examples; may be a fraction.
+    lr, momentum, weight_decay: as of `torch.optim.SGD`.
+    batch_size: examples in a step.
     rng: CPU generator, the only source of randomness (order of examples, dropout and
-    other layers of torch that draw numbers; on a GPU, dropout is seeded from it).
-    proximal_mu: weight of the FedProx term mu/2 * |w - w_start|^2 (Li et al. 2020,
-    eq. 2); 0 is plain SGD. adjust_gradients(model): called before each step; may change
-    the parameters' .grad in place, as `ControlVariates.correct` does. loss_fn(logits,
-    y): mean loss of a batch, per example.
+        other layers of torch that draw numbers; on a GPU, dropout is seeded from it).
+    adjust_gradients: called with the model before each step; may change the parameters'
+        .grad in place, as `ProximalTerm` and `scaffold.ControlVariates.correct` do.
+    loss_fn: loss_fn(logits, y) is the mean loss of a batch, per example.
 
     Each epoch takes N // batch_size steps of exactly batch_size examples (one step
     with all of them if N is smaller); the rest is left out of that epoch, as with
@@ -77,24 +82,22 @@ def train_locally(
     Raises ValueError for empty or mismatched data, FloatingPointError on divergence.
     """
     x, y = silo.train
-    _check_inputs(silo.name, x, y, epochs, lr, batch_size, proximal_mu)
+    _check_inputs(silo.name, x, y, epochs, lr, batch_size)
+    device = _device(model)
     x, y = x.to(device), y.to(device)
-    model.to(device).train()
+    model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    start = [w.detach().clone() for w in weights] if proximal_mu else []
     velocity: list[Tensor | None] = [None] * len(weights)
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     steps = num_steps(len(x), epochs=epochs, batch_size=batch_size)
     total_loss = torch.zeros((), device=device)
-    seeded = _seeded(model, rng, torch.device(device))
+    seeded = _seeded(model, rng, device)
     for batch in _batches(len(x), batch_size, steps, rng, device):
         with seeded:
             logits = model(x[batch])
         loss = loss_fn(logits, y[batch])
         model.zero_grad()
         loss.backward()
-        if proximal_mu:
-            _add_proximal_gradient(weights, start, proximal_mu)
         if adjust_gradients:
             adjust_gradients(model)
         _sgd_step(weights, velocity, **settings)
@@ -104,34 +107,36 @@ def train_locally(
 
 def train_together(
     model: nn.Module,
-    params: Sequence[Mapping[str, Tensor]],
-    silos: Sequence[SiloLike],
+    turns: Sequence[tuple[Mapping[str, Tensor], SiloLike, torch.Generator]],
     *,
     epochs: float,
     lr: float,
     batch_size: int,
-    rngs: Sequence[torch.Generator],
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Loss = F.cross_entropy,
 ) -> list[Update]:
     """`train_locally` of many silos in one batched graph: faster for small models.
 
     A step of a small model is mostly Python; `torch.func.vmap` takes it for all silos
-    at once, on the CPU; convolutions gain little. params, rngs: one per silo, not
-    modified. The rest, the draws and the updates are those of `train_locally`, equal up
-    to rounding. model: lends its layers; its own parameters are not used.
+    at once, on the CPU; convolutions gain little. The draws and the updates are those
+    of `train_locally`, equal up to rounding.
+    model: lends its layers; its own parameters are not used.
+    turns: (params to start from, not modified; silo; its rng) of each silo.
+    epochs, lr, batch_size, momentum, weight_decay, loss_fn: as in `train_locally`.
+
     Raises as `train_locally`, and ValueError for a silo with fewer than batch_size
     examples and for a model with buffers (BatchNorm), dropout or frozen parameters.
     """
+    params, silos, rngs = zip(*turns, strict=True)
     for silo in silos:
-        _check_inputs(silo.name, *silo.train, epochs, lr, batch_size, 0.0)
+        _check_inputs(silo.name, *silo.train, epochs, lr, batch_size)
     _check_together(model, silos, batch_size)
     steps, batches = [], []
     for silo, rng in zip(silos, rngs, strict=True):
         n = len(silo.train[0])
         steps.append(num_steps(n, epochs=epochs, batch_size=batch_size))
-        batches.append(list(_batches(n, batch_size, steps[-1], rng, "cpu")))
+        batches.append(list(_batches(n, batch_size, steps[-1], rng, CPU)))
     order = sorted(range(len(silos)), key=lambda k: -steps[k])  # first done, last
     weights = {k: torch.stack([params[i][k] for i in order]) for k in params[0]}
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -159,6 +164,115 @@ def train_together(
     return [updates[k] for k in range(len(silos))]
 
 
+class ProximalTerm:
+    """FedProx: holds local training near where it started (Li et al. 2020, eq. 2).
+
+    Adds the gradient of mu/2 * |w - w_start|^2, which is mu * (w - w_start), as
+    `train_locally(model, ..., adjust_gradients=ProximalTerm(model, mu))`.
+    model: with the parameters to start from. mu: >= 0; 0 is plain SGD.
+    """
+
+    def __init__(self, model: nn.Module, mu: float) -> None:
+        if not mu >= 0:
+            raise ValueError(f"mu must be >= 0, got {mu}")
+        self.mu = mu
+        self.start = [w.detach().clone() for w in model.parameters()]
+
+    def __call__(self, model: nn.Module) -> None:
+        """Add the term to the gradients of the model's parameters, in place."""
+        with torch.no_grad():
+            for weight, start in zip(model.parameters(), self.start, strict=True):
+                if weight.grad is not None:
+                    weight.grad.add_(weight - start, alpha=self.mu)
+
+
+@dataclass(frozen=True)
+class ClientFunctions:
+    """What a silo does in a run: a client of `simulation.run_rounds`.
+
+    update(params, silo, round_index=, rng=): local training, returns an `Update`.
+    evaluate(params, silo): metrics of a model on the silo's test set.
+    together([(params, silo, rng), ...], round_index=): the updates of many silos.
+    draws_only_from_rng: whether update and evaluate draw random numbers from rng alone,
+        as `train_locally` does; then silos can train in threads.
+    """
+
+    update: Callable[..., Update]
+    evaluate: Callable[[Mapping[str, Tensor], Any], dict[str, float]] | None = None
+    together: Callable[..., list[Update]] | None = None
+    draws_only_from_rng: bool = False
+
+
+def sgd_client(
+    make_model: Callable[[], nn.Module],
+    *,
+    epochs: float | Callable[[SiloLike], float],
+    lr: float | Callable[[int], float],
+    batch_size: int,
+    proximal_mu: float = 0.0,
+    loss_fn: Loss = F.cross_entropy,
+    metrics: Collection[str] | None = None,
+    together: bool = False,
+) -> ClientFunctions:
+    """Make the usual client: load the params, `train_locally`; load them, `evaluate`.
+
+    make_model: called once, here, without a trace in torch's global generator; every
+        turn has a copy of its own. Entries of params that the model does not have, such
+        as control variates, are left out.
+    epochs: passes over a silo's training examples, or a function of the silo.
+    lr: a number, or a function of the round such as `cosine_schedule(0.05, rounds)`.
+    batch_size: examples in a step.
+    proximal_mu: weight of FedProx's term; 0 is plain SGD.
+    loss_fn: as in `train_locally`, for the test too.
+    metrics: names of what the test keeps of `evaluate`; None is all.
+    together: whether rounds are trained by `train_together`, if nothing forbids it;
+        equal up to rounding.
+    """
+    with torch.random.fork_rng(devices=()):
+        template = make_model()
+    if together and (proximal_mu or callable(epochs)):
+        raise ValueError("together needs proximal_mu=0 and epochs that are a number")
+    ProximalTerm(template, proximal_mu)  # raises now for what it would raise later
+    how = {"batch_size": batch_size, "loss_fn": loss_fn}
+
+    def load(params: Mapping[str, Tensor]) -> nn.Module:
+        model = copy.deepcopy(template)
+        names = model.state_dict().keys()
+        model.load_state_dict({k: v for k, v in params.items() if k in names})
+        return model
+
+    def rate(round_index: int) -> float:
+        return lr(round_index) if callable(lr) else lr
+
+    def update(
+        params: Mapping[str, Tensor],
+        silo: SiloLike,
+        *,
+        round_index: int,
+        rng: torch.Generator,
+    ) -> Update:
+        model = load(params)
+        return train_locally(
+            model,
+            silo,
+            epochs=epochs(silo) if callable(epochs) else epochs,
+            lr=rate(round_index),
+            rng=rng,
+            adjust_gradients=ProximalTerm(model, proximal_mu) if proximal_mu else None,
+            **how,
+        )
+
+    def test(params: Mapping[str, Tensor], silo: Any) -> dict[str, float]:
+        scores = evaluate(load(params), silo.test, loss_fn=loss_fn)
+        return scores if metrics is None else {name: scores[name] for name in metrics}
+
+    def all_at_once(turns: Sequence[Any], *, round_index: int) -> list[Update]:
+        settings = {"epochs": epochs, "lr": rate(round_index), **how}
+        return train_together(template, turns, **settings)
+
+    return ClientFunctions(update, test, all_at_once if together else None, True)
+
+
 def num_steps(num_examples: int, *, epochs: float, batch_size: int) -> int:
     """Count the SGD steps that `train_locally` takes; at least one."""
     return max(1, round(epochs * max(1, num_examples // batch_size)))
@@ -173,80 +287,16 @@ def cosine_lr(lr: float, round_index: int, rounds: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * round_index / rounds))
 
 
-class ControlVariates:
-    """SCAFFOLD inside one silo, for one round (Karimireddy et al. 2020, Algorithm 1).
-
-    The silo corrects each of its gradients g by c - c_k: c is the mean of all silos'
-    variates, c_k its own, both gradients at last sight. Afterwards
-    c_k+ = mean of the g on the way. For SGD without momentum or weight decay that is
-    the paper's option II, c_k - c + (x - y_k) / (steps * lr); unlike it, it also holds
-    with momentum.
-
-    They travel and are kept as further entries of the model's state, "variate.<name>"
-    for c and "own_variate.<name>" for c_k (see `zero_variates`): the former are sent,
-    averaged and counted in bytes like weights, the latter stay in the silo
-    (`run_rounds(keep_local=...)`). Use:
-
-        variates = ControlVariates(params)
-        update = train_locally(..., adjust_gradients=variates.correct)
-        params = update.params | variates.entries()
-    """
-
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self._shared = _with_prefix(params, "variate.")
-        self._own = _with_prefix(params, "own_variate.")
-        if not self._own or self._own.keys() != self._shared.keys():
-            raise ValueError(
-                "params hold no control variates; start from "
-                "`model.state_dict() | zero_variates(model)`"
-            )
-        self._sum = {name: torch.zeros_like(c) for name, c in self._own.items()}
-        self._correction = {k: c - self._own[k] for k, c in self._shared.items()}
-        self._steps = 0
-
-    def correct(self, model: nn.Module) -> None:
-        """Add c - c_k to the gradients of the model's parameters, in place."""
-        for name, weight in model.named_parameters():
-            if weight.grad is not None:
-                for kept in (self._sum, self._correction):
-                    kept[name] = kept[name].to(weight.device)  # copies at most once
-                self._sum[name] += weight.grad
-                weight.grad.add_(self._correction[name])
-        self._steps += 1
-
-    def entries(self, *, participation: float = 1.0) -> dict[str, Tensor]:
-        """New variates: c_k+, and c + participation * (c_k+ - c_k) to be averaged.
-
-        participation: share of the silos that take part in a round. The average over
-        silos is the paper's c+ with the silos' weights: with full participation, the
-        weighted mean of all c_k+.
-        """
-        if self._steps == 0:
-            raise ValueError("no gradient was seen; pass `correct` to train_locally")
-        new: dict[str, Tensor] = {}
-        for name, own in self._own.items():
-            mean = self._sum[name].cpu() / self._steps
-            change = participation * (mean - own)
-            new[f"variate.{name}"] = self._shared[name] + change
-            new[f"own_variate.{name}"] = mean
-        return new
-
-
-def zero_variates(model: nn.Module) -> dict[str, Tensor]:
-    """SCAFFOLD's variates before the first round, to be added to the initial params."""
-    names = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
-    return {
-        f"{kind}.{name}": torch.zeros_like(weight, requires_grad=False)
-        for kind in ("variate", "own_variate")
-        for name, weight in names
-    }
+def cosine_schedule(lr: float, rounds: int) -> Callable[[int], float]:
+    """`cosine_lr` as a function of the round, for `sgd_client`."""
+    return lambda round_index: cosine_lr(lr, round_index, rounds)
 
 
 def norm_entries(model: nn.Module) -> list[str]:
     """Names of the state entries of a model's normalisation layers.
 
     Scale, shift, and running statistics: FedBN leaves them in the silo (Li et al. 2021,
-    Algorithm 1), `run_rounds(keep_local=norm_entries(model))`.
+    Algorithm 1), `Terms(keep_local=norm_entries(model))`.
     """
     layers = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     return [
@@ -300,12 +350,12 @@ def evaluate(
     examples: tuple[Tensor, Tensor],
     *,
     batch_size: int = 1024,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    device: str | torch.device = "cpu",
+    loss_fn: Loss = F.cross_entropy,
 ) -> dict[str, float]:
     """Measure a classifier on examples it was not trained on.
 
-    examples: x [N, ...], y [N] class indices; model(x) gives logits [N, K].
+    examples: x [N, ...], y [N] class indices; model(x) gives logits [N, K], on the
+    device on which the model is.
     Returns loss (per example), accuracy, balanced_accuracy (mean sensitivity of the
     classes present), auroc (K = 2: class 1 against 0; else mean of one-vs-rest), and
     sensitivity_k, specificity_k for each class k; shares are in [0, 1], and a value
@@ -315,7 +365,8 @@ def evaluate(
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"cannot evaluate {len(x)} inputs with {len(y)} labels")
     modes = [(module, module.training) for module in model.modules()]
-    model.to(device).eval()
+    device = _device(model)
+    model.eval()
     try:
         with torch.inference_mode():
             logits = torch.cat([model(part.to(device)) for part in x.split(batch_size)])
@@ -365,6 +416,11 @@ def _auroc(score: Tensor, positive: Tensor) -> float:
     return above / (num_positive * num_negative)
 
 
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return CPU if first is None else first.device
+
+
 def _finished(
     silo: SiloLike, state: Mapping[str, Tensor], loss: float, steps: int, lr: float
 ) -> Update:
@@ -384,7 +440,7 @@ def _batches(
     batch_size: int,
     steps: int,
     rng: torch.Generator,
-    device: str | torch.device,
+    device: torch.device,
 ) -> Iterator[Tensor]:
     """Index tensors for `steps` batches, reshuffled whenever an epoch is used up."""
     per_epoch = max(1, n // batch_size)
@@ -417,16 +473,6 @@ def _sgd_step(
         )
     for k, buffer in zip(moved, buffers, strict=True):
         velocity[k] = buffer
-
-
-def _add_proximal_gradient(
-    weights: list[nn.Parameter], start: list[Tensor], mu: float
-) -> None:
-    """Add the gradient of mu/2 * |w - w_start|^2, which is mu * (w - w_start)."""
-    with torch.no_grad():
-        for weight, anchor in zip(weights, start, strict=True):
-            if weight.grad is not None:
-                weight.grad.add_(weight - anchor, alpha=mu)
 
 
 class _DrawFrom(TorchDispatchMode):
@@ -475,12 +521,6 @@ def _draws(model: nn.Module) -> bool:
     )
 
 
-def _with_prefix(params: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)
-    }
-
-
 def _all_finite(params: dict[str, Tensor]) -> bool:
     # A sum is one quick read, and NaN or infinite if any entry is; finite entries may
     # overflow it, so that each of them is looked at only then.
@@ -497,7 +537,6 @@ def _check_inputs(
     epochs: float,
     lr: float,
     batch_size: int,
-    proximal_mu: float,
 ) -> None:
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(
@@ -507,8 +546,6 @@ def _check_inputs(
     for label, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
         if not value > 0:
             raise ValueError(f"{label} must be > 0, got {value} (silo {name!r})")
-    if not proximal_mu >= 0:
-        raise ValueError(f"proximal_mu must be >= 0, got {proximal_mu}")
 
 
 def _check_together(

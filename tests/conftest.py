@@ -1,11 +1,15 @@
-"""A tiny federation: two unequal silos and two small models."""
+"""A tiny federation: two unequal silos, two small models, and a run of it."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
+
+from fl_helpers.simulation import Checkpoint, Execution, Terms, run_rounds
+from fl_helpers.training import ClientFunctions
 
 # How fast examples are made depends on what else the machine does.
 CALM = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -31,6 +35,25 @@ def silos():
         return SimpleNamespace(name=name, train=(x, y), test=(x, y))
 
     return [silo("a", 40), silo("b", 24)]
+
+
+def play(params, silos, client, aggregate, *, rounds, seed, evaluate=None, **options):
+    """`run_rounds` with the fields of Terms and Execution as keywords, without a bar.
+
+    checkpoint: a path. threads: whether a function draws only from its rng.
+    """
+    threads = options.pop("threads", False)
+    if not isinstance(client, ClientFunctions):
+        client = ClientFunctions(client, evaluate, draws_only_from_rng=threads)
+    if options.get("checkpoint"):
+        every = options.pop("checkpoint_every", 1)
+        options["checkpoint"] = Checkpoint(options["checkpoint"], every)
+    names = {field.name for field in fields(Terms)}
+    terms = Terms(**{k: v for k, v in options.items() if k in names})
+    here = {k: v for k, v in options.items() if k not in names}
+    execution = Execution(**{"progress": False} | here)
+    how = {"rounds": rounds, "seed": seed, "terms": terms, "execution": execution}
+    return run_rounds(params, silos, client, aggregate, **how)
 
 
 def linear_model():

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import batchnorm_model
+from conftest import batchnorm_model, play
 
 import fl_helpers.simulation as simulation
 from fl_helpers.aggregation import FedAdam
@@ -78,7 +78,7 @@ def go(checkpoint=None):
     model = batchnorm_model()
     start, names = model.state_dict(), [name for name, _ in model.named_parameters()]
     faults = {("b", 1): [crash], ("c", 3): unreachable}
-    history = simulation.run_rounds(
+    history = play(
         start,
         silos,
         with_faults(client, faults),
@@ -91,7 +91,6 @@ def go(checkpoint=None):
         keep_local=["3.bias"],
         workers=1,
         checkpoint=checkpoint,
-        progress=False,
         on_round=lambda record, params: event("round done"),
     )
     digest = hashlib.sha256()

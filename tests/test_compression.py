@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batchnorm_model, linear_model
+from conftest import batchnorm_model, linear_model, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from fl_helpers.compression import (
     top_k,
     zero_residual,
 )
-from fl_helpers.simulation import run_rounds, state_bytes
+from fl_helpers.simulation import state_bytes
 from fl_helpers.training import Update, train_locally
 
 
@@ -159,13 +159,13 @@ def federate(silos, compress, *, rounds=3, **options):
         params = compress_update(update.params, params, compress)
         return Update(silo.name, params, update.num_examples)
 
-    how = dict(rounds=rounds, seed=0, progress=False)
+    how = dict(rounds=rounds, seed=0)
     if compress is None:
-        return run_rounds(start, silos, client, weighted_average, **how)
+        return play(start, silos, client, weighted_average, **how)
     owed = zero_residual(start)
     rule = FromDeltas(start, weighted_average)
     how |= dict(keep_local=list(owed)) | options
-    return run_rounds(start | owed, silos, client, rule, **how)
+    return play(start | owed, silos, client, rule, **how)
 
 
 def test_a_run_with_few_bytes_ends_near_the_one_with_many(silos):

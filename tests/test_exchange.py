@@ -38,7 +38,8 @@ from fl_helpers.exchange import (
     write_model,
     write_update,
 )
-from fl_helpers.training import Update, zero_variates
+from fl_helpers.scaffold import zero_variates
+from fl_helpers.training import Update
 
 
 def state():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batchnorm_model
+from conftest import batchnorm_model, play
 
 from fl_helpers.aggregation import FedAdam, weighted_average
 from fl_helpers.exchange import Ledger, Limits, check_update, read_ledger
@@ -21,14 +21,10 @@ from fl_helpers.faults import (
     unreachable,
     with_faults,
 )
-from fl_helpers.simulation import NoQuorum, run_rounds, silo_rng
-from fl_helpers.training import Update, norm_entries, train_locally
+from fl_helpers.simulation import NoQuorum, silo_rng
+from fl_helpers.training import Update, norm_entries, sgd_client
 
-
-def client(params, silo, *, round_index, rng):
-    model = batchnorm_model()
-    model.load_state_dict(params)
-    return train_locally(model, silo, epochs=1, lr=0.1, batch_size=8, rng=rng)
+client = sgd_client(batchnorm_model, epochs=1, lr=0.1, batch_size=8).update
 
 
 def start():
@@ -46,8 +42,8 @@ def four(silos):
 
 
 def run(silos, client=client, aggregate=weighted_average, **options):
-    options = dict(rounds=4, seed=0, progress=False) | options
-    return run_rounds(start(), silos, client, aggregate, **options)
+    options = dict(rounds=4, seed=0, threads=True) | options
+    return play(start(), silos, client, aggregate, **options)
 
 
 def by_hand(silos, present):
@@ -258,8 +254,8 @@ def test_a_silo_that_hangs_is_not_waited_for(four, workers):
 
     try:
         faulty = with_faults(quick, {("a", 0): hangs})  # "a" is the first in line
-        options = dict(rounds=2, seed=0, progress=False, workers=workers)
-        history = run_rounds(
+        options = dict(rounds=2, seed=0, workers=workers, threads=True)
+        history = play(
             {"w": torch.zeros(1)}, four, faulty, weighted_average,
             quorum=3, deadline=2.0, **options,
         )  # fmt: skip
@@ -284,9 +280,9 @@ def test_late_silos_can_cost_the_quorum(four):
     try:
         faulty = with_faults(quick, {("a", 0): lambda train: release.wait(60)})
         with pytest.raises(NoQuorum, match="missing: {'a': 'TimeoutError"):
-            run_rounds(
+            play(
                 {"w": torch.zeros(1)}, four, faulty, weighted_average,
-                rounds=1, seed=0, quorum=4, deadline=0.5, progress=False,
+                rounds=1, seed=0, quorum=4, deadline=0.5, threads=True,
             )  # fmt: skip
     finally:
         release.set()
@@ -296,14 +292,17 @@ def test_a_process_ends_though_a_silo_hangs():
     code = """
 import threading, torch
 from types import SimpleNamespace
-from fl_helpers.simulation import run_rounds
-def client(params, silo, *, round_index, rng):
+from fl_helpers.simulation import Execution, Terms, run_rounds
+from fl_helpers.training import ClientFunctions
+def update(params, silo, *, round_index, rng):
     if silo.name == "b":
         threading.Event().wait()  # for ever
     return SimpleNamespace(silo=silo.name, params=params, num_examples=1, metrics={})
 silos = [SimpleNamespace(name=name) for name in "ab"]
+client = ClientFunctions(update, draws_only_from_rng=True)
 history = run_rounds({"w": torch.ones(1)}, silos, client, lambda u: list(u)[0].params,
-                     rounds=1, seed=0, quorum=1, deadline=1.0, progress=False)
+                     rounds=1, seed=0, terms=Terms(quorum=1, deadline=1.0),
+                     execution=Execution(progress=False))
 print(history.rounds[0]["missing"])
 """
     done = subprocess.run(

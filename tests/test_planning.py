@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import play
 
 from fl_helpers.planning import OVERHEAD, Overhead, run_cost
-from fl_helpers.simulation import run_rounds, state_bytes
+from fl_helpers.simulation import state_bytes
 from fl_helpers.training import Update
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +42,8 @@ def test_bytes_are_those_that_a_simulation_counts():
     def client(params, silo, **_):
         return Update(silo.name, params, 1)
 
-    run = dict(rounds=2, seed=0, progress=False)
-    history = run_rounds(params, silos, client, lambda u: list(u)[0].params, **run)
+    first = lambda updates: list(updates)[0].params  # noqa: E731
+    history = play(params, silos, client, first, rounds=2, seed=0)
     plan = PLAN | dict(silos=3, rounds=2)
     cost = run_cost(state_bytes(params), **plan)
     assert cost["gigabytes"] * 1e9 == pytest.approx(history.bytes_sent)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batchnorm_model, linear_model
+from conftest import batchnorm_model, linear_model, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +23,6 @@ from fl_helpers.poisoning import (
     with_attack,
 )
 from fl_helpers.robust import coordinate_median
-from fl_helpers.simulation import run_rounds
 from fl_helpers.training import Update, evaluate, train_locally
 
 START = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.5]), "n": torch.tensor(3)}
@@ -161,7 +160,7 @@ def test_only_the_malicious_attack(silos):
 
         torch.manual_seed(0)
         start = linear_model().state_dict()
-        run_rounds(start, silos, client, aggregate, rounds=1, seed=0, progress=False)
+        play(start, silos, client, aggregate, rounds=1, seed=0)
         return start, sent
 
     start, honest = go(client)
@@ -268,8 +267,8 @@ def train_federation(silos, attack, aggregate):
     torch.manual_seed(0)
     model = linear_model()
     update = with_attack(client, ["s0"], attack)
-    options = dict(rounds=4, seed=0, progress=False)
-    history = run_rounds(model.state_dict(), silos, update, aggregate, **options)
+    options = dict(rounds=4, seed=0)
+    history = play(model.state_dict(), silos, update, aggregate, **options)
     model.load_state_dict(history.params)
     return model
 

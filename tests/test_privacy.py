@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batchnorm_model, linear_model
+from conftest import batchnorm_model, linear_model, play
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 from scipy import stats
@@ -31,7 +31,7 @@ from fl_helpers.privacy import (
     train_privately,
     with_tanh,
 )
-from fl_helpers.simulation import run_rounds, silo_rng
+from fl_helpers.simulation import silo_rng
 
 FREE = Budget(math.inf, 1e-3)
 
@@ -391,8 +391,8 @@ def federate(silos, budget, *, rounds, noise, seed=0, **options):
         mine = Account(params, budget, silo=silo.name)
         return train_privately(model, silo, account=mine, **how)
 
-    how = dict(rounds=rounds, seed=seed, keep_local=[SPENT], progress=False)
-    return run_rounds(start, silos, client, weighted_average, **how | options)
+    how = dict(rounds=rounds, seed=seed, keep_local=[SPENT])
+    return play(start, silos, client, weighted_average, **how | options)
 
 
 def test_the_account_survives_a_resume_and_the_bits_are_the_same(silos, tmp_path):

@@ -341,7 +341,11 @@ def test_krum_pays_for_what_it_resists(attacked):
     two = table.query("attack == 'backdoor' and malicious == 2 and rule == 'Krum'")
     assert sorted(two.attack_success > 0.5) == [False, False, True]
     calm = attacked.balanced_accuracy["none", 0, 0.25, "weighted average"]
-    one = attacked.balanced_accuracy.unstack().xs((1, 0.25), level=(1, 2))["Krum"].dropna()
+    one = (
+        attacked.balanced_accuracy.unstack()
+        .xs((1, 0.25), level=(1, 2))["Krum"]
+        .dropna()
+    )
     assert (one < calm - 8).all()
 
 

@@ -10,7 +10,7 @@ import scipy.optimize
 import scipy.spatial.distance
 import scipy.stats
 import torch
-from conftest import batchnorm_model
+from conftest import batchnorm_model, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from fl_helpers.robust import (
     krum,
     trimmed_mean,
 )
-from fl_helpers.simulation import run_rounds
 from fl_helpers.training import train_locally
 
 
@@ -389,8 +388,7 @@ def test_rules_take_part_in_a_run_that_is_resumed(silos, tmp_path, rule):
     def go(aggregate, **more):
         some = [type(s)(**vars(s) | {"name": n}) for n in "ab" for s in silos[:1]]
         some += [type(s)(**vars(s) | {"name": n}) for n in "cd" for s in silos[1:]]
-        options = dict(seed=0, progress=False) | more
-        return run_rounds(start, some, client, aggregate, **options).params
+        return play(start, some, client, aggregate, seed=0, **more).params
 
     torch.manual_seed(0)
     start = batchnorm_model().state_dict()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batchnorm_model
+from conftest import batchnorm_model, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -24,7 +24,6 @@ from fl_helpers.secure_aggregation import (
     split,
     unmask,
 )
-from fl_helpers.simulation import run_rounds
 
 NAMES = ("A", "B", "C", "D", "E")
 
@@ -338,8 +337,8 @@ def test_a_run_with_secure_aggregation_ends_at_the_same_model(silos):
     def run(aggregate):
         start = small_cnn(2, norm="group").state_dict()
         start = {name: torch.zeros_like(v) for name, v in start.items()}
-        how = dict(rounds=2, seed=0, progress=False)
-        return run_rounds(start, [*silos, third], client, aggregate, **how).params
+        how = dict(rounds=2, seed=0)
+        return play(start, [*silos, third], client, aggregate, **how).params
 
     plain = run(weighted_average)
     secure = run(lambda updates: secure_average(updates, threshold=3))

@@ -6,26 +6,27 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import batchnorm_model, linear_model
+from conftest import batchnorm_model, linear_model, play
 from torch import nn
 
 import fl_helpers.simulation as simulation
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.simulation import (
+    Execution,
     default_workers,
     run_alone,
-    run_rounds,
     silo_rng,
     state_bytes,
 )
-from fl_helpers.training import train_locally, train_together
+from fl_helpers.training import ClientFunctions, train_locally, train_together
 
 
 def client(make_model, **options):
     options = dict(epochs=1, lr=0.1, batch_size=8) | options
+    template = make_model()
 
     def client_update(params, silo, *, round_index, rng):
-        model = make_model()
+        model = copy.deepcopy(template)
         model.load_state_dict(params)
         return train_locally(model, silo, rng=rng, **options)
 
@@ -38,8 +39,8 @@ def start(make_model):
 
 
 def run(silos, make_model=batchnorm_model, **options):
-    options = dict(rounds=3, seed=0, progress=False) | options
-    return run_rounds(
+    options = dict(rounds=3, seed=0, threads=True) | options
+    return play(
         start(make_model), silos, client(make_model), weighted_average, **options
     )
 
@@ -53,14 +54,13 @@ def assert_equal(a, b):
 def test_one_silo_is_centralized_training_bit_for_bit(silos):
     silo = silos[0]
     plain = dict(momentum=0, weight_decay=0)
-    history = run_rounds(
+    history = play(
         start(batchnorm_model),
         [silo],
         client(batchnorm_model, **plain),
         weighted_average,
         rounds=4,
         seed=7,
-        progress=False,
     )
     model = batchnorm_model()
     model.load_state_dict(start(batchnorm_model))
@@ -84,14 +84,13 @@ def test_equal_silos_with_one_full_batch_step_are_a_pooled_step(silos):
             (x[k * 10 : k * 10 + 10], y[k * 10 : k * 10 + 10]),
         )
     step = client(linear_model, batch_size=40, momentum=0, weight_decay=0)
-    history = run_rounds(
+    history = play(
         start(linear_model),
         parts,
         step,
         weighted_average,
         rounds=1,
         seed=0,
-        progress=False,
     )
     model = linear_model()
     model.load_state_dict(start(linear_model))
@@ -108,7 +107,7 @@ def test_order_of_silos_and_number_of_workers_do_not_change_a_bit(silos):
 
 
 def test_alone_is_a_federation_of_one(silos):
-    args = dict(rounds=3, seed=0, progress=False)
+    args = dict(rounds=3, seed=0, execution=Execution(progress=False))
     alone = run_alone(start(batchnorm_model), silos, client(batchnorm_model), **args)
     for silo in silos:
         assert_equal(alone[silo.name], run([silo]).params)
@@ -218,7 +217,7 @@ def test_thread_count_and_initial_params_are_left_as_found(silos):
 
     for workers in (1, 2):
         with pytest.raises(RuntimeError, match="disk full"):
-            run_rounds(
+            play(
                 params,
                 silos,
                 failing,
@@ -226,7 +225,6 @@ def test_thread_count_and_initial_params_are_left_as_found(silos):
                 rounds=1,
                 seed=0,
                 workers=workers,
-                progress=False,
             )
         assert torch.get_num_threads() == 2
     assert set(seen) == {1}
@@ -252,7 +250,7 @@ def test_few_updates_exist_at_a_time(silos, workers):
 
         return weighted_average(watched())
 
-    run_rounds(
+    play(
         start(linear_model),
         many(silos, 50),
         counted,
@@ -260,7 +258,7 @@ def test_few_updates_exist_at_a_time(silos, workers):
         rounds=1,
         seed=0,
         workers=workers,
-        progress=False,
+        threads=True,
     )
     # `workers` running + finished ones ahead, and the one being averaged.
     assert len(alive) == 50 and most <= 2 * workers + 1
@@ -307,8 +305,8 @@ def test_two_workers_train_two_silos_at_the_same_time(silos):
         return inner(params, silo, round_index=round_index, rng=rng)
 
     torch.set_num_threads(2)
-    options = dict(rounds=2, seed=0, workers=2, progress=False)
-    run_rounds(start(linear_model), silos, meet, weighted_average, **options)
+    options = dict(rounds=2, seed=0, workers=2, threads=True)
+    play(start(linear_model), silos, meet, weighted_average, **options)
     assert torch.get_num_threads() == 2
 
 
@@ -325,16 +323,14 @@ def test_no_more_than_twice_as_many_updates_as_workers(silos):
         most = max(most, sum(ref() is not None for ref in alive))
         return update
 
-    options = dict(rounds=1, seed=0, workers=2, progress=False)
-    run_rounds(
-        start(linear_model), many(silos, 50), slow_second, weighted_average, **options
-    )
+    options = dict(rounds=1, seed=0, workers=2, threads=True)
+    play(start(linear_model), many(silos, 50), slow_second, weighted_average, **options)
     assert len(alive) == 50 and most <= 2 * 2  # as documented
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_resume_after_a_failure_inside_a_silo(silos, tmp_path, workers):
-    options = dict(rounds=4, seed=0, workers=workers, progress=False)
+    options = dict(rounds=4, seed=0, workers=workers, threads=True)
     inner, file, broken = client(batchnorm_model), tmp_path / "new" / "run.pt", True
 
     def fails_once(params, silo, *, round_index, rng):
@@ -344,9 +340,7 @@ def test_resume_after_a_failure_inside_a_silo(silos, tmp_path, workers):
 
     def go(**more):
         initial = start(batchnorm_model)
-        return run_rounds(
-            initial, silos, fails_once, weighted_average, **options, **more
-        )
+        return play(initial, silos, fails_once, weighted_average, **options, **more)
 
     with pytest.raises(RuntimeError, match="power cut"):
         go(checkpoint=file)
@@ -463,20 +457,19 @@ def client_with_together(log, **options):
         log.append(silo.name)
         return one_by_one(params, silo, **rest)
 
-    def together(params, silos, *, round_index, rngs):
-        log.append([silo.name for silo in silos])
-        return train_together(linear_model(), params, silos, rngs=rngs, **how)
+    def together(turns, *, round_index):
+        log.append([silo.name for _, silo, _ in turns])
+        return train_together(linear_model(), turns, **how)
 
-    client_update.together = together
-    return client_update
+    return ClientFunctions(client_update, None, together, True)
 
 
 def test_a_round_trained_together_is_a_round(silos):
-    how = dict(rounds=3, seed=0, progress=False, keep_local=["1.bias"])
+    how = dict(rounds=3, seed=0, keep_local=["1.bias"])
     work, log = (start(linear_model), silos), []
     both = client_with_together(log), weighted_average
-    found = run_rounds(*work, *both, **how)
-    alone = run_rounds(*work, client(linear_model), weighted_average, **how)
+    found = play(*work, *both, **how)
+    alone = play(*work, client(linear_model), weighted_average, **how)
     assert log == [["a", "b"]] * 3
     assert found.bytes_sent == alone.bytes_sent
     for name, value in alone.params.items():
@@ -487,15 +480,15 @@ def test_a_round_trained_together_is_a_round(silos):
 
 def test_when_one_diverges_silos_train_one_by_one(silos):
     silos[1].train[0][0] = float("nan")
-    how, log = dict(rounds=1, seed=0, progress=False, quorum=1), []
+    how, log = dict(rounds=1, seed=0, quorum=1), []
     work = start(linear_model), silos, client_with_together(log), weighted_average
-    (record,) = run_rounds(*work, **how).rounds
+    (record,) = play(*work, **how).rounds
     assert log == [["a", "b"], "a", "b", "b"]  # who failed is asked once more
     assert record["silos"] == ["a"] and "diverged" in record["missing"]["b"]
 
 
 def test_with_a_deadline_silos_train_one_by_one(silos):
-    log, how = [], dict(rounds=1, seed=0, progress=False, deadline=60)
+    log, how = [], dict(rounds=1, seed=0, deadline=60)
     work = start(linear_model), silos, client_with_together(log), weighted_average
-    run_rounds(*work, **how)
+    play(*work, **how)
     assert sorted(log) == ["a", "b"]

@@ -1,5 +1,6 @@
 """Strategies against their papers' equations, Flower, torch.optim and FedAvg itself."""
 
+import copy
 import os
 import warnings
 from dataclasses import replace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batchnorm_model, linear_model
+from conftest import batchnorm_model, linear_model, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,13 +23,13 @@ from fl_helpers.aggregation import (
     make_aggregate,
     weighted_average,
 )
-from fl_helpers.simulation import run_alone, run_rounds, state_bytes
+from fl_helpers.scaffold import ControlVariates, zero_variates
+from fl_helpers.simulation import Execution, run_alone, state_bytes
 from fl_helpers.training import (
-    ControlVariates,
+    ProximalTerm,
     evaluate,
     norm_entries,
     train_locally,
-    zero_variates,
 )
 
 RULES = {
@@ -349,21 +350,25 @@ def test_a_missing_metric_names_the_silo(name, metric):
 # ---- in the silo, and in the round loop
 
 
-def client(make_model, prepare=lambda update, params, silo: update, **options):
+def client(make_model, prepare=lambda update, params, silo: update, mu=None, **options):
     options = dict(epochs=1, lr=0.05, batch_size=8) | options
+    template = make_model()
 
     def client_update(params, silo, *, round_index, rng):
-        model = make_model()
+        model = copy.deepcopy(template)
         model.load_state_dict({key: params[key] for key in model.state_dict()})
-        update = train_locally(model, silo, rng=rng, **options)
+        near = {} if mu is None else {"adjust_gradients": ProximalTerm(model, mu)}
+        update = train_locally(model, silo, rng=rng, **options | near)
         return prepare(update, params, silo)
 
     return client_update
 
 
 def loss_first(make_model):
+    template = make_model()
+
     def prepare(update, params, silo):
-        model = make_model()
+        model = copy.deepcopy(template)
         model.load_state_dict(params)
         loss = evaluate(model, silo.train)["loss"]
         return replace(update, metrics=update.metrics | {"loss_before": loss})
@@ -371,11 +376,14 @@ def loss_first(make_model):
     return client(make_model, prepare)
 
 
-def scaffold(make_model, **options):
+def scaffold(make_model):
+    template = make_model()
+
     def client_update(params, silo, *, round_index, rng):
-        variates = ControlVariates(params)
-        plain = client(make_model, adjust_gradients=variates.correct, **options)
-        update = plain(params, silo, round_index=round_index, rng=rng)
+        variates, model = ControlVariates(params), copy.deepcopy(template)
+        model.load_state_dict({key: params[key] for key in model.state_dict()})
+        how = dict(epochs=1, lr=0.05, batch_size=8, rng=rng)
+        update = train_locally(model, silo, adjust_gradients=variates.correct, **how)
         return replace(update, params=update.params | variates.entries())
 
     return client_update
@@ -389,8 +397,8 @@ def start(make_model):
 def federate(model, silos, client_update, aggregate=weighted_average, **options):
     """Three rounds with everything that the strategy needs in its params."""
     params = options.pop("params", model.state_dict())
-    options = dict(rounds=3, seed=0, progress=False) | options
-    return run_rounds(params, silos, client_update, aggregate, **options)
+    options = dict(rounds=3, seed=0, threads=True) | options
+    return play(params, silos, client_update, aggregate, **options)
 
 
 def scaffold_setting(model):
@@ -412,7 +420,7 @@ def strategy_run(name, silos, **options):
     elif name == "FedPer":
         options["keep_local"] = ["3.weight", "3.bias"]
     elif name == "FedProx":
-        plain = client(batchnorm_model, proximal_mu=0.5)
+        plain = client(batchnorm_model, mu=0.5)
     elif name == "FedBN and FedAdam":
         options["keep_local"] = norm_entries(model)
         options["aggregate"] = FedAdam(model.state_dict(), trainable)
@@ -489,74 +497,10 @@ def test_a_checkpoint_of_another_rule_is_refused(silos, tmp_path):
 def test_fedprox_without_proximal_weight_is_fedavg_exactly(silos):
     model = start(batchnorm_model)
     plain = federate(model, silos, client(batchnorm_model)).params
-    zero = federate(model, silos, client(batchnorm_model, proximal_mu=0.0)).params
-    some = federate(model, silos, client(batchnorm_model, proximal_mu=0.1)).params
+    zero = federate(model, silos, client(batchnorm_model, mu=0.0)).params
+    some = federate(model, silos, client(batchnorm_model, mu=0.1)).params
     assert all(torch.equal(plain[key], zero[key]) for key in plain)
     assert not torch.equal(plain["0.weight"], some["0.weight"])
-
-
-def test_scaffold_with_zero_variates_is_fedavg_exactly(silos):
-    """In the first round; later rounds correct, so they differ."""
-    model = start(batchnorm_model)
-    for rounds, equal in ((1, True), (2, False)):
-        plain = federate(model, silos, client(batchnorm_model), rounds=rounds).params
-        setting = scaffold_setting(model)
-        ours = federate(
-            model, silos, scaffold(batchnorm_model), rounds=rounds, **setting
-        )
-        same = [torch.equal(plain[key], ours.params[key]) for key in plain]
-        assert all(same) == equal
-
-
-def test_scaffold_variates_average_to_the_servers(silos):
-    model = start(batchnorm_model)
-    setting = scaffold_setting(model)
-    history = federate(model, silos, scaffold(batchnorm_model), **setting)
-    for name, _ in model.named_parameters():
-        own = [history.local[s.name][f"own_variate.{name}"] for s in silos]
-        mean = (40 * own[0] + 24 * own[1]) / 64  # the silos' training examples
-        torch.testing.assert_close(history.params[f"variate.{name}"], mean)
-        assert mean.abs().max() > 0
-
-
-def test_scaffold_is_option_two_of_the_paper_for_plain_sgd(silos):
-    model = start(linear_model)
-    rng = torch.Generator().manual_seed(1)
-    params = model.state_dict() | zero_variates(model)
-    for name in list(params):
-        if "variate" in name:
-            params[name] = torch.randn(params[name].shape, generator=rng) / 10
-    params = {name: value.clone() for name, value in params.items()}
-    options = dict(momentum=0.0, weight_decay=0.0, lr=0.05, epochs=2)
-    update = scaffold(linear_model, **options)(params, silos[0], round_index=0, rng=rng)
-    steps = update.metrics["steps"]
-    assert steps == 10  # 2 epochs of 40 // 8
-    for name, _ in model.named_parameters():
-        c, own = params[f"variate.{name}"], params[f"own_variate.{name}"]
-        moved = params[name] - update.params[name]
-        expected = own - c + moved / (steps * 0.05)
-        new = update.params[f"own_variate.{name}"]
-        torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(update.params[f"variate.{name}"], c + new - own)
-
-
-def test_scaffold_needs_its_variates_and_a_gradient():
-    model = linear_model()
-    with pytest.raises(ValueError, match="no control variates.*zero_variates"):
-        ControlVariates(model.state_dict())
-    with pytest.raises(ValueError, match="pass `correct`"):
-        ControlVariates(model.state_dict() | zero_variates(model)).entries()
-
-
-def test_partial_participation_moves_the_servers_variate_by_its_share():
-    model = linear_model()
-    variates = ControlVariates(model.state_dict() | zero_variates(model))
-    for weight in model.parameters():
-        weight.grad = torch.ones_like(weight)
-    variates.correct(model)
-    entries = variates.entries(participation=0.25)
-    assert entries["own_variate.1.bias"].tolist() == [1, 1]
-    assert entries["variate.1.bias"].tolist() == [0.25, 0.25]
 
 
 def test_what_stays_local_is_neither_sent_nor_mixed(silos):
@@ -588,7 +532,7 @@ def test_everything_local_but_one_frozen_entry_is_training_alone(silos):
     keep = [name for name in model.state_dict() if "num_batches" not in name]
     plain = client(batchnorm_model)
     history = federate(model, silos, plain, keep_local=keep)
-    options = dict(rounds=3, seed=0, progress=False)
+    options = dict(rounds=3, seed=0, execution=Execution(progress=False))
     alone = run_alone(model.state_dict(), silos, plain, **options)
     for silo in silos:
         own = history.params_of(silo.name)

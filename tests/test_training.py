@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
+from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.training import (
-    ControlVariates,
+    ProximalTerm,
     classification_metrics,
     cosine_lr,
     evaluate,
@@ -21,7 +22,6 @@ from fl_helpers.training import (
     reestimate_statistics,
     train_locally,
     train_together,
-    zero_variates,
 )
 
 
@@ -82,7 +82,8 @@ def test_proximal_term_is_the_gradient_of_its_penalty(silos):
     start = copy.deepcopy(mine)
     theirs = copy.deepcopy(mine)
     options = dict(momentum=0, weight_decay=0, batch_size=20, epochs=1, lr=0.1)
-    update = train(mine, silos[0], proximal_mu=0.7, **options)
+    near = ProximalTerm(mine, 0.7)
+    update = train(mine, silos[0], adjust_gradients=near, **options)
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
     x, y = silos[0].train
     for batch in torch.randperm(40, generator=rng()).split(20):
@@ -136,9 +137,9 @@ def test_bad_settings_are_named(silos, option):
         train(linear_model(), silos[0], **{option: 0})
 
 
-def test_a_negative_proximal_term_is_refused(silos):
-    with pytest.raises(ValueError, match="proximal_mu must be >= 0, got -1"):
-        train(linear_model(), silos[0], proximal_mu=-1)
+def test_a_negative_proximal_term_is_refused():
+    with pytest.raises(ValueError, match="mu must be >= 0, got -1"):
+        ProximalTerm(linear_model(), -1)
 
 
 def test_empty_or_mismatched_data_is_refused():
@@ -207,7 +208,11 @@ def test_no_proximal_weight_is_plain_sgd_and_a_large_one_holds_back(silos):
     model = linear_model()
     plain, none, strong = (
         train(copy.deepcopy(model), silos[0], **options).params["1.weight"]
-        for options in ({}, dict(proximal_mu=0.0), dict(proximal_mu=5.0))
+        for options in (
+            {},
+            dict(adjust_gradients=ProximalTerm(model, 0.0)),
+            dict(adjust_gradients=ProximalTerm(model, 5.0)),
+        )
     )
     assert torch.equal(plain, none)
     start = model[1].weight.detach()
@@ -260,7 +265,7 @@ def test_frozen_weights_stay(silos):
     model = batchnorm_model()
     model[0].requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    update = train(model, silos[0], proximal_mu=0.1)
+    update = train(model, silos[0], adjust_gradients=ProximalTerm(model, 0.1))
     assert torch.equal(update.params["0.weight"], before["0.weight"])
     assert not torch.equal(update.params["3.weight"], before["3.weight"])
 
@@ -307,11 +312,11 @@ def test_trains_on_a_gpu_and_sends_from_the_cpu(silos):
     torch.manual_seed(0)
     model = batchnorm_model()
     on_cpu = train(copy.deepcopy(model), silos[0])
-    on_gpu = train(model, silos[0], device="cuda")
+    on_gpu = train(model.to("cuda"), silos[0])
     for name, value in on_cpu.params.items():
         assert on_gpu.params[name].device.type == "cpu"
         torch.testing.assert_close(on_gpu.params[name], value, rtol=1e-3, atol=1e-4)
-    assert evaluate(model, silos[0].test, device="cuda")["loss"] > 0
+    assert evaluate(model, silos[0].test)["loss"] > 0
 
 
 class Crossings(TorchDispatchMode):
@@ -340,17 +345,20 @@ class Crossings(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def crossings(silo, *, scaffold=False, **options):
+def crossings(silo, *, adjust=None, **options):
     model = batchnorm_model()
-    if scaffold:
-        variates = ControlVariates(model.state_dict() | zero_variates(model))
-        options["adjust_gradients"] = variates.correct
+    variates = ControlVariates(model.state_dict() | zero_variates(model))
+    model.to("meta")
+    if adjust:
+        adjust = {"fedprox": ProximalTerm(model, 0.1), "scaffold": variates.correct}[
+            adjust
+        ]
     with Crossings() as found:
-        train(model, silo, device="meta", **options)
+        train(model, silo, adjust_gradients=adjust, **options)
     return found.count
 
 
-@pytest.mark.parametrize("how", [{}, {"proximal_mu": 0.1}, {"scaffold": True}])
+@pytest.mark.parametrize("how", [{}, {"adjust": "fedprox"}, {"adjust": "scaffold"}])
 def test_a_gpu_never_waits_in_a_step(silos, how):
     few, many = (  # 2 steps and 20
         crossings(silos[0], batch_size=size, **how) for size in (20, 2)
@@ -474,9 +482,8 @@ def test_silos_trained_together_are_as_if_each_trained_alone(epochs):
     for k, model in enumerate(models):  # silos need not start from the same point
         nn.init.constant_(model[2].bias, 0.1 * k)
     starts = [copy.deepcopy(model.state_dict()) for model in models]
-    found = train_together(
-        small_mlp(), starts, silos, rngs=[rng(k) for k in range(4)], **how
-    )
+    turns = list(zip(starts, silos, map(rng, range(4)), strict=True))
+    found = train_together(small_mlp(), turns, **how)
     for k, (model, silo, update) in enumerate(zip(models, silos, found, strict=True)):
         assert all(v.equal(starts[k][n]) for n, v in model.state_dict().items())
         alone = train_locally(model, silo, rng=rng(k), **how)
@@ -487,15 +494,12 @@ def test_silos_trained_together_are_as_if_each_trained_alone(epochs):
 
 
 def test_what_cannot_be_trained_together_is_refused():
-    silos, how = (
-        unequal_silos(),
-        dict(epochs=1, lr=0.1, rngs=[rng(k) for k in range(4)]),
-    )
+    silos = unequal_silos()
 
     def together(model, batch_size=8, lr=0.1):
-        starts = [model.state_dict()] * 4
-        options = how | dict(batch_size=batch_size, lr=lr)
-        return train_together(model, starts, silos, **options)
+        turns = [(model.state_dict(), silo, rng()) for silo in silos]
+        how = dict(epochs=1, batch_size=batch_size, lr=lr)
+        return train_together(model, turns, **how)
 
     with pytest.raises(ValueError, match="silo 's2' has 8 examples, batch_size is 9"):
         together(small_mlp(), batch_size=9)

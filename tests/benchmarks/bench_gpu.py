@@ -13,7 +13,7 @@ from common import cnn_215k, compare, image_silos, report, row, sgd_epoch
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import torchvision_model
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import run_rounds
+from fl_helpers.simulation import Execution, run_rounds
 from fl_helpers.training import train_locally
 
 LR, BATCH = 0.05, 32
@@ -32,9 +32,10 @@ def bare_training(model, silo, device):
 
 
 def training(model, silo, device):
-    options = dict(epochs=1, lr=LR, batch_size=BATCH, device=device)
+    options = dict(epochs=1, lr=LR, batch_size=BATCH)
     rng = torch.Generator().manual_seed(0)
-    return train_locally(copy.deepcopy(model), silo, rng=rng, **options).params
+    own = copy.deepcopy(model).to(device)
+    return train_locally(own, silo, rng=rng, **options).params
 
 
 def bare_rounds(model, silos, device, rounds=2):
@@ -54,14 +55,14 @@ def bare_rounds(model, silos, device, rounds=2):
 
 
 def rounds_of(model, silos, device, rounds=2):
-    own = copy.deepcopy(model)
+    own = copy.deepcopy(model).to(device)
 
     def client_update(params, silo, *, round_index, rng):
         own.load_state_dict(params)
-        options = dict(epochs=1, lr=LR, batch_size=BATCH, rng=rng, device=device)
+        options = dict(epochs=1, lr=LR, batch_size=BATCH, rng=rng)
         return train_locally(own, silo, **options)
 
-    run = dict(rounds=rounds, seed=0, progress=False, workers=1)
+    run = dict(rounds=rounds, seed=0, execution=Execution(progress=False))
     start = model.state_dict()
     return run_rounds(start, silos, client_update, weighted_average, **run).params
 

@@ -34,7 +34,7 @@ from torch import nn
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.planning import run_cost
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import run_rounds
+from fl_helpers.simulation import Checkpoint, Execution, run_rounds
 from fl_helpers.training import train_locally
 
 ROWS, INPUTS, LAST = 8, 100, 5
@@ -76,9 +76,9 @@ def run(num_silos, num_parameters, rounds):
     # A call before: torch loads what it needs.
     client_update(work[0], silos[0], round_index=0, rng=rng)
     with tempfile.TemporaryDirectory() as folder:
-        how = dict(rounds=rounds, seed=0, progress=False, workers=1, on_round=on_round)
-        if rounds > LAST + 1:
-            how |= dict(checkpoint=Path(folder, "run.pt"))
+        file = Checkpoint(Path(folder, "run.pt")) if rounds > LAST + 1 else None
+        here = Execution(1, file, on_round=on_round, progress=False)
+        how = dict(rounds=rounds, seed=0, execution=here)
         extra, _ = extra_memory(lambda: run_rounds(*work, **how))
     seconds = [b - a for a, b in pairwise(ends)][-LAST:]
     faults = [b - a for a, b in pairwise(faults)][-LAST:]

@@ -12,13 +12,15 @@ from torch import nn
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import default_workers, run_rounds
-from fl_helpers.training import train_locally, train_together
+from fl_helpers.simulation import Execution, Terms, default_workers, run_rounds
+from fl_helpers.training import ClientFunctions, train_locally, train_together
 
 LR = 0.05
 
 
-def federate(model, silos, batch_size, *, workers, batched=False, **options):
+def federate(
+    model, silos, batch_size, *, workers, rounds, silos_per_round=None, batched=False
+):
     """A run of run_rounds; each worker thread trains in a model of its own.
 
     batched: all silos in one graph.
@@ -32,15 +34,14 @@ def federate(model, silos, batch_size, *, workers, batched=False, **options):
         options = dict(lr=LR, batch_size=batch_size, rng=rng)
         return train_locally(models.own, silo, epochs=1, **options)
 
-    def together(params, silos, *, round_index, rngs):
-        options = dict(lr=LR, batch_size=batch_size, rngs=rngs)
-        return train_together(model, params, silos, epochs=1, **options)
+    def together(turns, *, round_index):
+        return train_together(model, turns, epochs=1, lr=LR, batch_size=batch_size)
 
-    if batched:
-        client_update.together = together
-    run = dict(seed=0, progress=False, workers=workers) | options
-    start = model.state_dict()
-    return run_rounds(start, silos, client_update, weighted_average, **run)
+    both = together if batched else None
+    client = ClientFunctions(client_update, together=both, draws_only_from_rng=True)
+    run = dict(rounds=rounds, seed=0, terms=Terms(silos_per_round=silos_per_round))
+    run |= dict(execution=Execution(workers=workers, progress=False))
+    return run_rounds(model.state_dict(), silos, client, weighted_average, **run)
 
 
 def two_threads(model, silos):

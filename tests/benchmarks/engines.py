@@ -40,7 +40,7 @@ from fl_helpers.cross_silo.on_premises.fleet import Fleet
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import run_rounds
+from fl_helpers.simulation import Execution, run_rounds
 
 ROOT = Path(__file__).resolve().parents[2]
 SILOS, IMAGES, CLASSES, SEED, RUNS = 4, 64, 10, 0, 3
@@ -74,7 +74,8 @@ class Work:
         self.start = small_cnn(CLASSES).state_dict()
         update = hospital.client(self.places[0], self.settings).update
         work = self.start, silos, update, weighted_average
-        self.end = run_rounds(*work, progress=False, **self.how).params
+        here = Execution(progress=False)
+        self.end = run_rounds(*work, execution=here, **self.how).params
 
 
 class Ours:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fl_helpers.cross_silo.turn import Client
-from fl_helpers.training import ControlVariates, Update, evaluate, train_locally
+from fl_helpers.scaffold import ControlVariates
+from fl_helpers.training import ProximalTerm, Update, evaluate, train_locally
 
 
 def new_model():
@@ -37,10 +38,12 @@ def functions(settings):
     """(update, evaluate), the same in the simulation and at a hospital."""
 
     def update(params, silo, *, round_index, rng):
-        model, more = model_of(params), {}
+        model, adjust = model_of(params), []
         variates = ControlVariates(params) if settings.get("scaffold") else None
+        if settings.get("mu"):
+            adjust.append(ProximalTerm(model, settings["mu"]))
         if variates:
-            more["adjust_gradients"] = variates.correct
+            adjust.append(variates.correct)
         done = train_locally(
             model,
             silo,
@@ -48,8 +51,7 @@ def functions(settings):
             lr=0.05,
             batch_size=8,
             rng=rng,
-            proximal_mu=settings.get("mu", 0.0),
-            **more,
+            adjust_gradients=lambda model: [change(model) for change in adjust],
         )
         if variates:
             params = done.params | variates.entries()

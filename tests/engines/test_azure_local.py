@@ -17,6 +17,7 @@ from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo import sandbox
 from fl_helpers.cross_silo.azure_ml import plan, run_locally
+from fl_helpers.training import ClientFunctions
 
 from . import attacker, azure_trial, hospital
 
@@ -36,10 +37,9 @@ def data(silos_yaml):
 
 def simulated(params, silos):
     """What `run_rounds` makes of it in this process."""
-    update, test = hospital.functions({})
+    both = ClientFunctions(*hospital.functions({}))
     return simulation.run_rounds(
-        *(params, silos[:2], update, weighted_average),
-        **{"rounds": 2, "seed": 0, "evaluate": test, "progress": False},
+        params, silos[:2], both, weighted_average, rounds=2, seed=0
     )
 
 

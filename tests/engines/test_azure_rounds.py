@@ -9,7 +9,8 @@ from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import make_aggregate
 from fl_helpers.cross_silo.azure_ml import plan, rounds, run_locally
 from fl_helpers.robust import ROBUST_RULES
-from fl_helpers.training import norm_entries, zero_variates
+from fl_helpers.scaffold import zero_variates
+from fl_helpers.training import norm_entries
 
 from . import azure_trial, hospital
 
@@ -179,7 +180,7 @@ def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos, rule
     rule = make_aggregate(rule, params, trainable, options, more=ROBUST_RULES)
     history = simulation.run_rounds(
         *(params, silos[:2], update, rule),
-        **{"rounds": 2, "seed": 0, "keep_local": keep, "progress": False},
+        **{"rounds": 2, "seed": 0, "terms": simulation.Terms(keep_local=keep)},
     )
     models = tmp_path / "stores/orchestrator/fl/models" / state["run"]
     final = exchange.read_model(models / "0002", history.params, round_index=2)

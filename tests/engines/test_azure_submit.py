@@ -16,6 +16,7 @@ from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo.azure_ml import client, plan, rounds
 from fl_helpers.cross_silo.azure_ml.preflight import preflight
 from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, explain
+from fl_helpers.training import ClientFunctions
 
 from . import azure_trial, fake_azure, hospital
 
@@ -131,9 +132,9 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
 
     params = azure_trial.model().state_dict()
     final = client.download_model(connection, "trial", tmp_path / "model", params)
-    update, test = hospital.functions({})
+    both = ClientFunctions(*hospital.functions({}))
     history = simulation.run_rounds(
-        params, silos, update, weighted_average, rounds=2, seed=0, evaluate=test
+        params, silos, both, weighted_average, rounds=2, seed=0
     )
     for name, value in history.params.items():
         assert torch.equal(final[name], value), name

@@ -20,8 +20,9 @@ from fl_helpers.cross_silo.on_premises.fleet import Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.on_premises.worker import RelaunchLauncher
 from fl_helpers.cross_silo.run import Run, Stop
-from fl_helpers.simulation import run_rounds, silo_rng
-from fl_helpers.training import norm_entries, zero_variates
+from fl_helpers.scaffold import zero_variates
+from fl_helpers.simulation import Terms, run_rounds, silo_rng
+from fl_helpers.training import ClientFunctions, norm_entries
 
 from . import dishonest, hospital
 from .conftest import LIMITS, METRICS, wait_until
@@ -95,10 +96,10 @@ def of(events, kind):
 
 
 def simulate(run, silos, settings=None, aggregate=aggregation.weighted_average):
-    update, test = hospital.functions(settings or {})
+    both = ClientFunctions(*hospital.functions(settings or {}))
     return run_rounds(
-        run.params, silos, update, aggregate, rounds=run.rounds, seed=run.seed,
-        evaluate=test, keep_local=run.keep_local, progress=False, workers=1,
+        run.params, silos, both, aggregate, rounds=run.rounds, seed=run.seed,
+        terms=Terms(keep_local=run.keep_local),
     )  # fmt: skip
 
 

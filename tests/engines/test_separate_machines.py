@@ -28,6 +28,7 @@ from fl_helpers.cross_silo.on_premises.site import (
     read_site,
 )
 from fl_helpers.simulation import run_rounds
+from fl_helpers.training import ClientFunctions
 
 from . import coordinator, hospital
 from .conftest import METRICS, SIZES
@@ -343,10 +344,9 @@ def test_a_run_equals_the_simulation(world, network, processes, silos):
     events = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
     assert events[-1]["event"] == "done"
     run = coordinator.new_run()
-    update, test = hospital.functions({})
     expected = run_rounds(
-        run.params, silos[:2], update, weighted_average, rounds=run.rounds,
-        seed=run.seed, evaluate=test, progress=False, workers=1,
+        run.params, silos[:2], ClientFunctions(*hospital.functions({})),
+        weighted_average, rounds=run.rounds, seed=run.seed,
     )  # fmt: skip
     found = runs.result(run, kit)
     assert list(found) == list(expected.params)

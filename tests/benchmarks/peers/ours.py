@@ -6,8 +6,8 @@ import time
 from workload import LR, Model, arguments, silo, write_result
 
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.simulation import run_rounds
-from fl_helpers.training import train_locally
+from fl_helpers.simulation import Execution, Terms, run_rounds
+from fl_helpers.training import ClientFunctions, train_locally
 
 name, workload, path, seed = arguments()
 models, ends = threading.local(), []
@@ -24,13 +24,14 @@ def client_update(params, silo, *, round_index, rng):
 history = run_rounds(
     Model().state_dict(),
     [silo(name, k) for k in range(workload.silos)],
-    client_update,
+    ClientFunctions(client_update, draws_only_from_rng=True),
     weighted_average,
     rounds=workload.rounds,
-    silos_per_round=workload.sampled,
     seed=seed,
-    progress=False,
-    on_round=lambda record, params: ends.append(time.time()),
+    terms=Terms(silos_per_round=workload.sampled),
+    execution=Execution(
+        progress=False, on_round=lambda record, params: ends.append(time.time())
+    ),
 )
 steps = sum(m["steps"] for r in history.rounds for m in r["train"].values())
 write_result(path, history.params, ends=ends, steps=steps)
