@@ -66,7 +66,7 @@ def restore(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Params:
 
 def zero_residual(params: Mapping[str, Tensor]) -> Params:
     """What a silo still owes before the first round: nothing. Add it to the params, and
-    name it in `run_rounds(keep_local=...)`."""
+    name it in `Terms(keep_local=...)`."""
     floats = {k: v for k, v in params.items() if v.is_floating_point()}
     return {RESIDUAL + k: torch.zeros_like(v) for k, v in floats.items()}
 

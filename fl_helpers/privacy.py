@@ -122,7 +122,8 @@ def noise_for(budget: Budget, *, sample_rate: float, steps: int) -> float:
 
 def nothing_spent() -> Params:
     """What an account needs before the first round; it stays in the silo, and in the
-    checkpoint: `run_rounds(params | nothing_spent(), ..., keep_local=[SPENT])`."""
+    checkpoint: `run_rounds(params | nothing_spent(), ...)` with
+    `Terms(keep_local=[SPENT])`."""
     return {SPENT: torch.zeros(0, 3, dtype=torch.float64)}
 
 

@@ -117,7 +117,8 @@ class Stop:
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
-        _check_positive(patience=self.patience)
+        if type(self.patience) is not int or self.patience < 1:
+            raise ValueError(f"patience must be an integer >= 1, got {self.patience!r}")
 
     def reached(self, scores: Sequence[float]) -> bool:
         """scores: the mean over silos, one per tested round; NaN is never better."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import play
 
 from fl_helpers import exchange
 from fl_helpers.aggregation import weighted_average
@@ -13,7 +14,7 @@ from fl_helpers.cross_silo import hospital, turn
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import run_rounds, silo_rng
+from fl_helpers.simulation import silo_rng
 from fl_helpers.training import Update
 
 SETTINGS = {"num_classes": 2, "rounds": 2, "epochs": 1, "lr": 0.1, "batch_size": 4}
@@ -74,9 +75,9 @@ def test_turns_and_an_average_are_the_rounds_of_the_simulation(tmp_path, keep_lo
             updates.append(update)
         shared = weighted_average(updates)
     one = clients["A"]
-    expected = run_rounds(
+    expected = play(
         params, silos, one.update, weighted_average, rounds=2, seed=5,
-        evaluate=one.evaluate, keep_local=keep_local, progress=False,
+        evaluate=one.evaluate, keep_local=keep_local,
     )  # fmt: skip
     assert shared.keys() == expected.params.keys()
     assert all(shared[name].equal(expected.params[name]) for name in shared)
