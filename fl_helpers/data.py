@@ -3,8 +3,8 @@
 Each loader returns `Arrays`. Nothing is scaled or imputed here: statistics of rows from
 several hospitals would be a use of pooled data. `data/README.md` describes the data
 sets. Needs numpy; torchvision to download, Pillow for image folders, pydicom for DICOM
-(an extra: `pip install pydicom`). Copy this file on its own (and
-`data/heart_disease.csv` if you want that table).
+(an extra: `pip install pydicom`). Copy this file on its own, and of the project's data
+folder `medmnist.json` or `heart_disease.csv` if you want those sets.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import http.client
+import json
 import math
 import os
 import tempfile
@@ -21,6 +22,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,58 +111,8 @@ def drop_duplicates(arrays: Arrays) -> Arrays:
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}?download=1"
 _MEDMNIST_SIZES = (28, 64, 128, 224)
 
-_ORGANS = (
-    "bladder | femur-left | femur-right | heart | kidney-left | kidney-right | liver | "
-    "lung-left | lung-right | pancreas | spleen"
-)
-_MEDMNIST_CLASSES = {
-    "pathmnist": "adipose | background | debris | lymphocytes | mucus | "
-    "smooth muscle | normal colon mucosa | cancer-associated stroma | "
-    "colorectal adenocarcinoma epithelium",
-    "dermamnist": "actinic keratoses and intraepithelial carcinoma | "
-    "basal cell carcinoma | benign keratosis-like lesions | dermatofibroma | "
-    "melanoma | melanocytic nevi | vascular lesions",
-    "octmnist": "choroidal neovascularization | diabetic macular edema | drusen | "
-    "normal",
-    "pneumoniamnist": "normal | pneumonia",
-    "retinamnist": "grade 0 | grade 1 | grade 2 | grade 3 | grade 4",
-    "breastmnist": "malignant | normal, benign",
-    "bloodmnist": "basophil | eosinophil | erythroblast | immature granulocytes | "
-    "lymphocyte | monocyte | neutrophil | platelet",
-    "tissuemnist": "Collecting Duct, Connecting Tubule | Distal Convoluted Tubule | "
-    "Glomerular endothelial cells | Interstitial endothelial cells | Leukocytes | "
-    "Podocytes | Proximal Tubule Segments | Thick Ascending Limb",
-    "organamnist": _ORGANS,
-    "organcmnist": _ORGANS,
-    "organsmnist": _ORGANS,
-}
-_MEDMNIST_MD5 = {  # in the order of _MEDMNIST_SIZES, from medmnist 3.0.2
-    "pathmnist": "a8b06965200029087d5bd730944a56c1 55aa9c1e0525abe5a6b9d8343a507616 "
-    "ac42d08fb904d92c244187169d1fd1d9 2c51a510bcdc9cf8ddb2af93af1eadec",
-    "dermamnist": "0744692d530f8e62ec473284d019b0c7 b70a2f5635c6199aeaa28c31d7202e1f "
-    "2defd784463fa5243564e855ed717de1 8974907d8e169bef5f5b96bc506ae45d",
-    "octmnist": "c68d92d5b585d8d81f7112f81e2d0842 e229e9440236b774d9f0dfef9d07bdaf "
-    "0a97e76651ace45c5d943ee3f65b63ae abc493b6d529d5de7569faaef2773ba3",
-    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f "
-    "8f4eceb4ccffa70c672198ea285246c6 05b46931834c231683c68f40c47b2971 "
-    "d6a3c71de1b945ea11211b03746c1fe1",
-    "retinamnist": "bd4c0672f1bba3e3a89f0e4e876791e4 afda852cc34dcda56f86ad2b2457dbcc "
-    "e48e916a24454daf90583d4e6efb1a18 eae7e3b6f3fcbda4ae613ebdcbe35348",
-    "breastmnist": "750601b1f35ba3300ea97c75c52ff8f6 742edef2a1fd1524b2efff4bd7ba9364 "
-    "363e4b3f8d712e9b5de15470a2aaadf1 b56378a6eefa9fed602bb16d192d4c8b",
-    "bloodmnist": "7053d0359d879ad8a5505303e11de1dc 2b94928a2ae4916078ca51e05b6b800b "
-    "adace1e0ed228fccda1f39692059dd4c b718ff6835fcbdb22ba9eacccd7b2601",
-    "tissuemnist": "ebe78ee8b05294063de985d821c1c34b 123ece2eba09d0aa5d698fda57103344 "
-    "61b955355d7425a89687b06cca3ce0c2 b077128c4a949f0a4eb01517f9037b9c",
-    "organamnist": "68e3f8846a6bd62f0c9bf841c0d9eacc 2dcccc29b88e6da5a01161ef20cda288 "
-    "eeae80d0a227a8d099027e1b3cfd3b60 50747347e05c87dd3aaf92c49f9f3170",
-    "organcmnist": "b9ceb9546e10131b32923c5bbeaea2b1 3ce34a8724ea6f548e6db4744d03b6a9 "
-    "773c1f009daa3fe5d9a2a201b2a7ed94 050f5e875dc056f6768abf94ec9995d1",
-    "organsmnist": "9ab87b696fb54e2a387ebe992d6ed5f1 53a6d115339d874c25e309a994ff46d3 "
-    "ded0c5fa01a95dc4978b956f613e9b8e b354719e553fbbb2513d5533f52a4cb1",
-}
-
-
+# {set: {"classes": names, "md5": {pixels: of the published file, medmnist 3.0.2}}}
+MEDMNIST_JSON = Path(__file__).resolve().parent.parent / "data" / "medmnist.json"
 _SPLITS = ("train", "val", "test")
 _NPZ_ERRORS = (  # raised by np.load for empty, cut, altered or other kinds of files
     OSError,
@@ -187,7 +139,7 @@ def load_medmnist(
     made by dividing them anew. Raises FileNotFoundError if the file is neither there
     nor downloadable, and ValueError if it is damaged or of another set.
     """
-    classes = _medmnist_classes(name)
+    about = _medmnist_set(name)
     if size not in _MEDMNIST_SIZES:
         raise ValueError(f"size must be one of {_MEDMNIST_SIZES}, got {size}")
     path = Path(root)
@@ -195,7 +147,7 @@ def load_medmnist(
     url = _MEDMNIST_URL.format(file_name)
     if path.suffix != ".npz":
         path = path / file_name
-        md5 = _MEDMNIST_MD5[name].split()[_MEDMNIST_SIZES.index(size)]
+        md5 = about["md5"][str(size)]
         if path.is_file():
             _warn_if_altered(path, md5)
         elif download:
@@ -206,6 +158,7 @@ def load_medmnist(
             "download=True"
         )
     x, y = _read_medmnist(path, size)
+    classes = tuple(about["classes"])
     if y.min() < 0 or y.max() >= len(classes):
         found = f"{path} has labels {y.min()}..{y.max()}"
         raise ValueError(
@@ -214,17 +167,16 @@ def load_medmnist(
     return Arrays(x, y, classes)
 
 
-def _medmnist_classes(name: str) -> tuple[str, ...]:
+def _medmnist_set(name: str) -> dict[str, Any]:
     if name == "chestmnist":
         raise ValueError(
             "chestmnist has several labels per image, which class indices cannot hold; "
             "use pneumoniamnist for chest radiographs with one label"
         )
-    if name not in _MEDMNIST_CLASSES:
-        raise ValueError(
-            f"unknown set {name!r}; choose from {sorted(_MEDMNIST_CLASSES)}"
-        )
-    return tuple(_MEDMNIST_CLASSES[name].split(" | "))
+    known = json.loads(MEDMNIST_JSON.read_text(encoding="utf-8"))
+    if name not in known:
+        raise ValueError(f"unknown set {name!r}; choose from {sorted(known)}")
+    return known[name]
 
 
 def _warn_if_altered(path: Path, md5: str) -> None:
@@ -514,50 +466,6 @@ def load_heart_disease(
         site=site,
         features=_HEART_FEATURES,
     )
-
-
-def flamby_test_rows(arrays: Arrays) -> np.ndarray:
-    """Which rows of `load_heart_disease()` FLamby tests on, bool [N].
-
-    Fed-Heart-Disease (Ogier du Terrail et al. 2022) fixes one division: 66 % of each
-    hospital to train on, stratified by label where each has more than two rows. This
-    repeats its call of scikit-learn's train_test_split with random_state=43, for two
-    labels, without scikit-learn.
-    """
-    test = np.zeros(len(arrays), bool)
-    for site in sorted(set(arrays.site)):
-        rows = np.flatnonzero(arrays.site == site)
-        groups = [np.flatnonzero(arrays.y[rows] == k) for k in (0, 1)]
-        if min(map(len, groups)) <= 2:
-            groups = [np.arange(len(rows))]
-        test[rows[_drawn_for_test(groups, np.random.RandomState(43))]] = True  # noqa: NPY002
-    return test
-
-
-def _drawn_for_test(
-    groups: list[np.ndarray], rng: np.random.RandomState, share: float = 0.66
-) -> np.ndarray:
-    """The draws of scikit-learn, in their order; share: of the training rows."""
-    sizes = np.array([len(group) for group in groups])
-    total = sizes.sum()
-
-    def spread(left: np.ndarray, wanted: int) -> np.ndarray:
-        exact = left / left.sum() * wanted
-        counts = np.floor(exact)
-        if counts.sum() < wanted:  # of two groups at most one lacks a row
-            rest = exact - counts
-            best = np.flatnonzero(rest == rest.max())
-            counts[rng.choice(best, size=1, replace=False)] += 1
-        return counts.astype(int)
-
-    num_train, num_test = int(share * total), math.ceil((1 - share) * total)
-    if len(groups) == 1:
-        return rng.permutation(total)[:num_test]
-    train = spread(sizes, num_train)
-    test = spread(sizes - train, num_test)
-    drawn = [group[rng.permutation(len(group))] for group in groups]
-    parts = zip(drawn, train, test, strict=True)
-    return np.concatenate([rows[start : start + n] for rows, start, n in parts])
 
 
 def _read_heart_table(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,6 @@ ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy a
     "report.py": {"jinja2"},
     "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
-    "tracking.py": {"mlflow"},
 }
 
 

@@ -207,6 +207,17 @@ def test_one_training_seed_of_the_published_protocol_is_as_committed():
         assert abs(accuracy - committed[approach, name]) <= one_patient + 0.01
 
 
+def test_the_published_division_has_the_published_sizes():
+    sizes = {silo.name: (len(silo.train.y), len(silo.test.y)) for silo in
+             flamby.published_split()}  # fmt: skip
+    assert sizes == {
+        "Cleveland": (199, 104),
+        "Hungary": (172, 89),
+        "Switzerland": (30, 16),
+        "VA Long Beach": (85, 45),
+    }
+
+
 def test_published_rows_are_those_of_the_script():
     names = [silo.name for silo in flamby.published_split()]
     committed = flamby_rows("published", "42 to 46")
