@@ -18,11 +18,7 @@ import yaml
 LOOPBACK = ("localhost", "127.0.0.1")
 RESERVED = ("server", "admin", "localhost")  # NVFlare's own participants
 ENGINES = ("on_premises", "azure_ml")
-ALONE = {  # what no two parties share on Azure ML, and its key in the file
-    "key": "name",
-    "compute": "azure_ml.compute",
-    "datastore": "azure_ml.datastore",
-}
+OWN = {f"azure_ml.{key}": key for key in ("compute", "datastore")} | {"name": "key"}
 CLIENT = r"[^:]+:[A-Za-z_]\w*"
 COMPUTE, DATASTORE = r"[A-Za-z][A-Za-z0-9-]{1,31}", r"[A-Za-z0-9_]{1,255}"
 FOLDER, GUID = r"[\w.=-]+(/[\w.=-]+)*", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -58,8 +54,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A silo on its own premises: the organisation in its certificate, and the place of
-    its data, an absolute path."""
+    """A silo's organisation, in its certificate, and the absolute path of its data."""
 
     organisation: str
     data: str
@@ -189,6 +184,14 @@ class _Content:
             at = re.sub(r"(\.?\w+|\[\d+\])$", "", at)
         return ValueError(f"line {self.lines[at]}: {key} {what}")
 
+    def claim(self, key: str, what: str, value: str, owners: dict[Any, str]) -> None:
+        """Note who owns a value, by the key that says so; nobody may have it before."""
+        owner = owners.get((what, value.lower()))
+        if owner:
+            why = f"gives the {what} {value!r}, used twice: by {owner}, too"
+            raise self.error(key, why)
+        owners[what, value.lower()] = key
+
     def uses(self, engine: str) -> bool:
         return any(re.match(rf"(silos\[\d+\]\.)?{engine}\b", k) for k in self.values)
 
@@ -281,16 +284,13 @@ def _to_federation(content: _Content, used: Collection[str], here: Path) -> Fede
 def _on_premises(
     content: _Content, names: list[str], here: Path
 ) -> tuple[OnPremises, list[Machine]]:
-    own, machines, seen = content.section("on_premises.", here), [], [*RESERVED]
+    own, machines = content.section("on_premises.", here), []
     if own["port"] == 0 and own["host"] not in LOOPBACK:
         why = "0 (any) is for localhost only; choose one"
         raise content.error("on_premises.port", why)
+    owners = {("site", name): "NVFlare (reserved)" for name in RESERVED}
     for n, name in enumerate(names):
-        if (site := name.replace(" ", "-").lower()) in seen:  # as NVFlare has it
-            raise content.error(
-                f"silos[{n}].name", f"{name!r} is reserved or used twice"
-            )
-        seen.append(site)
+        content.claim(f"silos[{n}].name", "site", name.replace(" ", "-"), owners)
         place = content.section(f"silos[{n}].on_premises.")
         machines.append(Machine(**place | {"data": str(here / place["data"])}))
     return OnPremises(**own), machines
@@ -299,39 +299,21 @@ def _on_premises(
 def _azure_ml(
     content: _Content, names: list[str], here: Path
 ) -> tuple[AzureML, list[Party]]:
-    own = content.section("azure_ml.", here)
+    own, parties = content.section("azure_ml.", here), []
     own["workspace"] = Workspace(**content.section("azure_ml.workspace."))
     main = Party("orchestrator", **content.section("azure_ml.orchestrator."))
-    parties = [
-        Party(
-            name,
-            **{"outbox": main.datastore} | content.section(f"silos[{n}].azure_ml."),
-        )
-        for n, name in enumerate(names)
-    ]
-    _check_parties(content, main, parties)
+    owners = {(key, getattr(main, key).lower()): main.name for key in OWN.values()}
+    for n, name in enumerate(names):
+        place = {"outbox": main.datastore, **content.section(f"silos[{n}].azure_ml.")}
+        parties.append(Party(name, **place))
+        for at, key in OWN.items():
+            content.claim(f"silos[{n}].{at}", key, getattr(parties[n], key), owners)
+    for n, party in enumerate(parties):
+        owner = owners.get(("datastore", party.outbox.lower()), main.name)
+        if owner != main.name:
+            why = (
+                f"{party.outbox!r} belongs to {owner!r}; it must be the orchestrator's"
+            )
+            raise content.error(f"silos[{n}].azure_ml.outbox", why)
     lists = {key: content.listed(f"azure_ml.{key}") for key in ("released", "metrics")}
     return AzureML(orchestrator=main, **own, **lists), parties
-
-
-def _check_parties(content: _Content, main: Party, silos: list[Party]) -> None:
-    """On Azure ML nobody shares a name, a compute or a datastore with somebody else."""
-    owners = {(what, getattr(main, what).lower()): main for what in ALONE}
-    for n, silo in enumerate(silos):
-        for what, key in ALONE.items():
-            value = getattr(silo, what)
-            other = owners.setdefault((what, value.lower()), silo)
-            if other is not silo:
-                raise content.error(
-                    f"silos[{n}].{key}",
-                    f"the {what} {value!r} is used twice, by {other.name!r} and "
-                    f"{silo.name!r}; each party needs its own",
-                )
-    for n, silo in enumerate(silos):
-        owner = owners.get(("datastore", silo.outbox.lower()), main)
-        if owner is not main:
-            raise content.error(
-                f"silos[{n}].azure_ml.outbox",
-                f"the outbox {silo.outbox!r} of {silo.name!r} belongs to "
-                f"{owner.name!r}; it must be a datastore of the orchestrator's",
-            )
