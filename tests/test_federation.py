@@ -96,7 +96,7 @@ ON_PREMISES = [
         r"silos\[1\].on_premises.data is missing",
     ),
     (lambda c: c.update(on_premises="me"), "on_premises needs keys .* on_premises.adm"),
-    (silo(0, name="server"), r"silos\[0\].name .* reserved"),
+    (silo(0, name="server"), r"silos\[0\].name .* twice: reserved"),
     (lambda c: c["on_premises"].update(port=70000), "port must be 0 to 65535"),
     (lambda c: c["on_premises"].update(port=True), "on_premises.port must match"),
     (lambda c: c["on_premises"].update(host="fl.org"), "port 0 .* localhost only"),
@@ -110,15 +110,15 @@ AZURE = [
         r"silos\[1\].azure_ml.compute is miss",
     ),
     (lambda c: c.update(silos=c["silos"][:1]), r"silos\[1\].name is missing"),
-    (silo(1, name="Hospital-A"), r"key 'hospital_a', used twice: by silos\[0\].name"),
-    (silo(1, name="Orchestrator"), "key 'orchestrator', used twice: by orchestrator"),
+    (silo(1, name="Hospital-A"), r"key 'hospital_a', used twice: silos\[0\].name"),
+    (silo(1, name="Orchestrator"), "key 'orchestrator', used twice: orchestrator"),
     (
         silo(1, "azure_ml", compute="Hospital-A"),
-        r"gives the compute 'Hospital-A', used twice: by silos\[0\].azure_ml.compute",
+        r"gives the compute 'Hospital-A', used twice: silos\[0\].azure_ml.compute",
     ),
     (
         silo(1, "azure_ml", datastore="orchestrator"),
-        "gives the datastore 'orchestrator', used twice: by orchestrator",
+        "gives the datastore 'orchestrator', used twice: orchestrator",
     ),
     (
         silo(1, "azure_ml", outbox="hospital_a"),

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fl_helpers.cross_silo.run import Run, Stop, from_plain, to_plain
+from fl_helpers.cross_silo.run import Run, from_plain, to_plain
 from fl_helpers.exchange import Limits
+from fl_helpers.simulation import Stop
 from fl_helpers.training import Update
 
 STATE = {"w": torch.ones(2, 2), "n": torch.tensor(3), "own": torch.zeros(4)}
@@ -70,24 +71,3 @@ def test_a_run_is_the_same_after_it_has_travelled_as_json():
     assert list(found.params) == list(STATE)
     with pytest.raises(TypeError, match="more"):
         from_plain(json.loads(text) | {"more": 1})
-
-
-@pytest.mark.parametrize(
-    "scores, higher, stops",
-    [
-        ([], True, False),
-        ([0.5], True, False),
-        ([0.5, 0.6], True, False),
-        ([0.5, 0.6, 0.5], True, False),  # the best is within the last two
-        ([0.6, 0.5, 0.6], True, True),  # equal is not better
-        ([0.5, 0.6, 0.5], False, True),
-        ([0.5, 0.6, 0.4], False, False),
-    ],
-)
-def test_early_stop_looks_at_the_last_rounds(scores, higher, stops):
-    assert Stop("x", patience=2, higher_is_better=higher).reached(scores) == stops
-
-
-def test_patience_is_a_number_of_rounds():
-    with pytest.raises(ValueError, match="patience must be an integer >= 1, got 0"):
-        Stop("x", patience=0)

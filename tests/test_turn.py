@@ -15,7 +15,7 @@ from fl_helpers.cross_silo.run import Run
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import silo_rng
-from fl_helpers.training import Update
+from fl_helpers.training import ClientFunctions, Update
 
 SETTINGS = {"num_classes": 2, "rounds": 2, "epochs": 1, "lr": 0.1, "batch_size": 4}
 
@@ -103,6 +103,29 @@ def counting(evaluate):
     return turn.Client(silo, update, evaluate)
 
 
+def test_what_torch_draws_by_itself_is_as_in_the_simulation():
+    """Dropout, or a DataLoader without a generator, in a silo's own training loop."""
+
+    def update(params, silo, *, round_index, rng):
+        params = {name: value + torch.rand(3) for name, value in params.items()}
+        return Update(silo.name, params, 7, {})
+
+    def evaluate(params, silo):
+        return {"loss": torch.rand(1).item()}
+
+    start, silo = {"w": torch.zeros(3)}, counting(None).silo
+    run, client = Run("x", start, rounds=2, seed=3), turn.Client(silo, update, evaluate)
+    both = ClientFunctions(update, evaluate)
+    expected = play(start, [silo], both, weighted_average, rounds=2, seed=3)
+    for index in range(2):
+        torch.rand(1)  # whatever was drawn before
+        done, _ = turn.train(run, client, start, round_index=index)
+        start = done.params
+        tested = turn.test(run, client, start, round_index=index + 1).metrics
+        assert tested["test_loss"] == expected.rounds[index]["test"]["A"]["loss"]
+    assert start["w"].equal(expected.params["w"])
+
+
 STATE = {"w": torch.zeros(2), "own": torch.zeros(1)}
 RUN = Run("x", STATE, rounds=1, seed=3, keep_local=["own"])
 
@@ -114,7 +137,7 @@ def test_what_stays_is_divided_from_what_may_leave():
     assert update.params.keys() == {"w"} and own.keys() == {"own"}
     assert own["own"].item() == 1 and STATE["own"].item() == 0
     assert update.metrics == {"train_loss": 0.5, "test_loss": 0.25}  # finite ones
-    tested = turn.test(client, STATE)
+    tested = turn.test(RUN, client, STATE, round_index=4)
     assert (tested.params, tested.num_examples) == ({}, 7)
     assert tested.metrics == {"test_loss": 0.25}
 
@@ -123,7 +146,7 @@ def test_a_run_or_a_silo_without_a_test():
     update, _ = turn.train(RUN, counting(None), STATE, round_index=0)
     assert (
         update.metrics == {"train_loss": 0.5}
-        and turn.test(counting(None), {}).metrics == {}
+        and turn.test(RUN, counting(None), {}, round_index=0).metrics == {}
     )
     quiet = replace(RUN, evaluate=False)
     update, _ = turn.train(quiet, counting(lambda *_: 1 / 0), STATE, round_index=0)

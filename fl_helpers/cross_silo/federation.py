@@ -188,7 +188,7 @@ class _Content:
         """Note who owns a value, by the key that says so; nobody may have it before."""
         owner = owners.get((what, value.lower()))
         if owner:
-            why = f"gives the {what} {value!r}, used twice: by {owner}, too"
+            why = f"gives the {what} {value!r}, used twice: {owner}"
             raise self.error(key, why)
         owners[what, value.lower()] = key
 
@@ -288,7 +288,7 @@ def _on_premises(
     if own["port"] == 0 and own["host"] not in LOOPBACK:
         why = "0 (any) is for localhost only; choose one"
         raise content.error("on_premises.port", why)
-    owners = {("site", name): "NVFlare (reserved)" for name in RESERVED}
+    owners = {("site", name): "reserved for NVFlare" for name in RESERVED}
     for n, name in enumerate(names):
         content.claim(f"silos[{n}].name", "site", name.replace(" ", "-"), owners)
         place = content.section(f"silos[{n}].on_premises.")

@@ -9,15 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fl_helpers.cross_silo.turn import Client
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import Params
-from fl_helpers.training import Update, cosine_lr, evaluate, train_locally
+from fl_helpers.training import cosine_schedule, sgd_client
 
 DATA = "data.safetensors"
 
@@ -25,32 +23,16 @@ DATA = "data.safetensors"
 def client(data: Path, settings: dict[str, Any]) -> Client:
     """Train a `small_cnn` on the examples in a folder.
 
-    settings: num_classes, rounds, epochs, lr, batch_size, and silo, if the folder does
-    not say it.
+    settings: num_classes, rounds, epochs, lr, batch_size.
     """
-
-    def with_weights(params: Params) -> nn.Module:
-        model = small_cnn(int(settings["num_classes"]))
-        model.load_state_dict(params)
-        return model
-
-    def update(
-        params: Params, silo: Silo, *, round_index: int, rng: torch.Generator
-    ) -> Update:
-        return train_locally(
-            with_weights(params),
-            silo,
-            epochs=settings["epochs"],
-            lr=cosine_lr(settings["lr"], round_index, int(settings["rounds"])),
-            batch_size=int(settings["batch_size"]),
-            rng=rng,
-        )
-
-    def test(params: Params, silo: Silo) -> dict[str, float]:
-        scores = evaluate(with_weights(params), silo.test)
-        return {name: scores[name] for name in ("balanced_accuracy", "auroc")}
-
-    return Client(load_silo(data), update, test)
+    functions = sgd_client(
+        lambda: small_cnn(int(settings["num_classes"])),
+        epochs=settings["epochs"],
+        lr=cosine_schedule(settings["lr"], int(settings["rounds"])),
+        batch_size=int(settings["batch_size"]),
+        metrics=("balanced_accuracy", "auroc"),
+    )
+    return Client(load_silo(data), functions.update, functions.evaluate)
 
 
 def save_silo(silo: Silo, folder: str | Path) -> None:
@@ -65,12 +47,9 @@ def save_silo(silo: Silo, folder: str | Path) -> None:
 
 def load_silo(folder: str | Path) -> Silo:
     """Read what `save_silo` wrote."""
-    from safetensors import safe_open
-
-    path = Path(folder) / DATA
-    with safe_open(path, framework="pt") as file:
+    with safe_open(Path(folder) / DATA, framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}
         name = file.metadata()["silo"]
-    found = load_file(path)
     train, test = (
         Examples(found[f"{part}_x"], found[f"{part}_y"]) for part in ("train", "test")
     )

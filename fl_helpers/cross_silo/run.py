@@ -7,7 +7,7 @@ A run is names, numbers and an initial model; it never brings code. `to_plain` a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -17,33 +17,7 @@ from torch import Tensor
 from fl_helpers.aggregation import make_aggregate
 from fl_helpers.exchange import Limits, UpdateLike
 from fl_helpers.robust import ROBUST_RULES
-from fl_helpers.simulation import Params
-
-
-@dataclass(frozen=True)
-class Stop:
-    """When a run has trained long enough: its score no longer gets better.
-
-    metric: one that `evaluate` returns, such as "loss". patience: rounds without a
-    better score than all before. higher_is_better: False for a loss.
-    """
-
-    metric: str
-    patience: int
-    higher_is_better: bool = True
-
-    def __post_init__(self) -> None:
-        if type(self.patience) is not int or self.patience < 1:
-            raise ValueError(f"patience must be an integer >= 1, got {self.patience!r}")
-
-    def reached(self, scores: Sequence[float]) -> bool:
-        """Whether none of the last `patience` scores is better than all before.
-
-        scores: one per round that was tested, the mean over silos.
-        """
-        best = max if self.higher_is_better else min
-        before = scores[: -self.patience]
-        return bool(before) and best(scores) == best(before)
+from fl_helpers.simulation import Params, Stop
 
 
 @dataclass(frozen=True)

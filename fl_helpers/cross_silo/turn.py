@@ -17,7 +17,7 @@ from typing import Any
 
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.exchange import Ledger, read_model
-from fl_helpers.simulation import Params, silo_rng
+from fl_helpers.simulation import Params, draws_from, silo_rng
 from fl_helpers.training import Update
 
 MOVED = {"fl_helpers.hospital": "fl_helpers.cross_silo.hospital"}  # kits name these
@@ -109,22 +109,30 @@ def train(
     params: from `receive`, not modified. Returns the update that may be released, with
     the test's metrics, and the entries that stay in the silo.
     """
-    metrics = _tested(client, params) if run.evaluate else {}
+    metrics = _tested(run, client, params, round_index) if run.evaluate else {}
     rng = silo_rng(run.seed, client.silo.name, round_index)
-    update = client.update(params, client.silo, round_index=round_index, rng=rng)
+    with draws_from(rng):
+        update = client.update(params, client.silo, round_index=round_index, rng=rng)
     own = {name: update.params[name] for name in sorted(run.keep_local)}
     sent = {k: v for k, v in update.params.items() if k not in own}
     return replace(update, params=sent, metrics={**update.metrics, **metrics}), own
 
 
-def test(client: Client, params: Params) -> Update:
+def test(run: Run, client: Client, params: Params, *, round_index: int) -> Update:
     """Test the model only: its metrics, as an update without parameters."""
-    silo = client.silo
-    return Update(silo.name, {}, len(silo.train[0]), _tested(client, params))
+    metrics = _tested(run, client, params, round_index)
+    return Update(client.silo.name, {}, len(client.silo.train[0]), metrics)
 
 
-def _tested(client: Client, params: Params) -> dict[str, float]:
+def _tested(
+    run: Run, client: Client, params: Params, round_index: int
+) -> dict[str, float]:
     """Metrics on the silo's test set, those that are numbers, as "test_..."."""
-    found = client.evaluate(params, client.silo) if client.evaluate else {}
+    if client.evaluate is None:
+        return {}
+    # `run_rounds` tests the same model at the end of the round before.
+    rng = silo_rng(run.seed, f"{client.silo.name}/test", round_index - 1)
+    with draws_from(rng):
+        found = client.evaluate(params, client.silo)
     metrics = {f"test_{name}": float(value) for name, value in found.items()}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -19,9 +19,9 @@ from fl_helpers.cross_silo.on_premises import gate, job, provision, runs
 from fl_helpers.cross_silo.on_premises.fleet import Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.on_premises.worker import RelaunchLauncher
-from fl_helpers.cross_silo.run import Run, Stop
+from fl_helpers.cross_silo.run import Run
 from fl_helpers.scaffold import zero_variates
-from fl_helpers.simulation import Terms, run_rounds, silo_rng
+from fl_helpers.simulation import Stop, Terms, run_rounds, silo_rng
 from fl_helpers.training import ClientFunctions, norm_entries
 
 from . import dishonest, hospital

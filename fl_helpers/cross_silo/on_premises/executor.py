@@ -76,7 +76,7 @@ class SiteExecutor(Executor):
                 ledger=exchange.Ledger(kit / "ledger.jsonl"),
             )
         if task == "evaluate":
-            return turn.test(self.client, params)
+            return turn.test(job.run, self.client, params, round_index=index)
         update, own = turn.train(job.run, self.client, params, round_index=index)
         _keep(kept, own, index)
         return update
