@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
-Layout = dict[str, tuple[torch.Size, torch.dtype]]  # name: (shape, dtype)
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name: (shape, dtype)
 Step = tuple[Tensor, tuple[Tensor, ...]]  # an entry, and what to remember of it
 
 
@@ -45,23 +45,23 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
     Returns a new dict with the updates' names, shapes and dtypes; no input is modified.
     Raises ValueError, naming the silo, for an empty iterable, a silo that appears
     twice, num_examples that is not a finite number > 0, keys, shapes or dtypes that
-    differ from the first update's, and NaN or infinite values.
-    """
+    differ from the first update's, and NaN or infinite values."""
     mean: dict[str, Tensor] = {}
     layout: Layout = {}
     seen: set[str] = set()
     total = 0.0
     for update in updates:
-        _check_header(update, seen)
-        if not seen:
-            layout = {k: (v.shape, v.dtype) for k, v in update.params.items()}
+        if update.silo in seen:
+            raise ValueError(f"silo {update.silo!r} sent two updates; only one counts")
+        _check_examples(update)
+        layout = layout if seen else _layout(update.params)
         _check_layout(update, layout)
         total += update.num_examples
         for name, value in update.params.items():
             _check_finite(update.silo, name, value)
             _accumulate(mean, name, value.detach(), update.num_examples / total)
         seen.add(update.silo)
-        del update, value  # the next one may be made before these names are its own
+        update = value = None  # the next one may be made before these names are its own
     if not seen:
         raise ValueError("no updates to average; at least one silo must take part")
     return {name: value.to(layout[name][1]) for name, value in mean.items()}
@@ -82,8 +82,7 @@ class ServerRule:
     update is refused, nothing has changed. One object serves one run: its `state_dict`
     (flat, tensors only) is part of the run's checkpoint.
     Raises ValueError for trainable names that params lacks or that are no floating
-    entries, and as `weighted_average`.
-    """
+    entries, and as `weighted_average`."""
 
     params: Mapping[str, Tensor]
     trainable: Iterable[str]
@@ -138,11 +137,9 @@ class ServerRule:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict` of the same rule for the same model."""
-        own = self.state_dict()
-        layout = {name: (value.shape, value.dtype) for name, value in own.items()}
-        found = {name: (value.shape, value.dtype) for name, value in state.items()}
-        if found != layout:
-            differ = sorted(k for k in layout | found if layout.get(k) != found.get(k))
+        own, found = _layout(self.state_dict()), _layout(state)
+        differ = sorted(k for k in own | found if own.get(k) != found.get(k))
+        if differ:
             raise ValueError(
                 f"this is not the state of a {type(self).__name__} for this model: "
                 f"{differ[:3]} differ; start anew, or use the rule that wrote it"
@@ -156,8 +153,7 @@ class ServerRule:
 class FedAvgM(ServerRule):
     """FedAvg with momentum at the server (Hsu, Qi and Brown 2019).
 
-    delta = mean - x;  v <- momentum * v + delta;  x <- x + lr * v
-    """
+    delta = mean - x;  v <- momentum * v + delta;  x <- x + lr * v"""
 
     _: KW_ONLY
     lr: float = 1.0
@@ -186,8 +182,7 @@ class FedOpt(ServerRule):
 
     lr: server learning rate, in units of the parameters: a step moves no entry by much
     more than lr. tau: the smallest scale of a delta that still counts. v starts at 0,
-    as in Flower (the paper: at least tau^2).
-    """
+    as in Flower (the paper: at least tau^2)."""
 
     _: KW_ONLY
     lr: float = 0.01
@@ -237,8 +232,7 @@ class FedAdam(FedOpt):
 
     In round t = 1, 2, ... the step is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t),
     as in `torch.optim.Adam` (Kingma and Ba 2015). Flower 1.42 has t + 1 there, so that
-    its steps differ; Reddi et al. leave the factor out.
-    """
+    its steps differ; Reddi et al. leave the factor out."""
 
     def _second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         return self.beta2 * v + (1 - self.beta2) * squared
@@ -257,8 +251,7 @@ class FedNova(ServerRule):
 
     a_k is the length of the silo's path in units of one gradient step: its number of
     steps (update.metrics["steps"]), or with local momentum rho the sum of the weights
-    that its gradients get. momentum: the rho that the silos train with.
-    """
+    that its gradients get. momentum: the rho that the silos train with."""
 
     _: KW_ONLY
     momentum: float = 0.9
@@ -303,8 +296,7 @@ class QFedAvg(ServerRule):
     q: 0 is FedAvg; larger is fairer, and takes smaller steps. lipschitz: the paper's L,
     1 / (the silos' learning rate). The paper draws silos in proportion to n_k; here all
     take part and are weighted by it. Entries that are not trainable get the weights
-    n_k * F_k^q.
-    """
+    n_k * F_k^q."""
 
     _: KW_ONLY
     q: float
@@ -356,8 +348,7 @@ def make_aggregate(
 
     params, trainable: as for a rule. options: its keyword arguments. more: further
     rules by name, made from the same, such as `robust.ROBUST_RULES`. Raises ValueError
-    for a name or an option that is not known.
-    """
+    for a name or an option that is not known."""
     options, rules = dict(options or {}), {**SERVER_RULES, **(more or {})}
     if name == "weighted_average" and not options:
         return weighted_average
@@ -372,8 +363,7 @@ def make_aggregate(
         raise ValueError(f"{name} does not take {options}: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Reweighted:
+class _Reweighted(NamedTuple):
     """An update that counts as if it had another number of examples."""
 
     silo: str
@@ -403,8 +393,7 @@ def _accumulate(
 
     mean += share * (value - mean), with share = n_k / (n_1 + ... + n_k), gives
     sum(n_i * value_i) / sum(n_i) after the last update. Unlike a sum that is divided
-    at the end, it leaves a single update (and equal updates) exactly as they are.
-    """
+    at the end, it leaves a single update (and equal updates) exactly as they are."""
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     if name not in mean:
@@ -413,12 +402,6 @@ def _accumulate(
         mean[name].lerp_(value, share)
     else:
         torch.maximum(mean[name], value, out=mean[name])
-
-
-def _check_header(update: UpdateLike, seen: set[str]) -> None:
-    if update.silo in seen:
-        raise ValueError(f"silo {update.silo!r} sent two updates; one per round counts")
-    _check_examples(update)
 
 
 def _check_examples(update: UpdateLike) -> None:
@@ -430,21 +413,17 @@ def _check_examples(update: UpdateLike) -> None:
         )
 
 
+def _layout(params: Mapping[str, Tensor]) -> Layout:
+    return {name: (tuple(v.shape), v.dtype) for name, v in params.items()}
+
+
 def _check_layout(update: UpdateLike, layout: Layout) -> None:
-    """Refuse an update whose names, shapes or dtypes differ from the first one's."""
-    missing = sorted(layout.keys() - update.params.keys())
-    unknown = sorted(update.params.keys() - layout.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"silo {update.silo!r} sent another model: missing {missing[:3]}, "
-            f"unknown {unknown[:3]}; all silos must train the same architecture"
-        )
-    for name, value in update.params.items():
-        shape, dtype = layout[name]
-        if value.shape != shape or value.dtype != dtype:
+    own = _layout(update.params)
+    for name in sorted(own | layout):
+        if own.get(name) != layout.get(name):
             raise ValueError(
-                f"silo {update.silo!r} sent {name!r} as {tuple(value.shape)}, "
-                f"{value.dtype}; the others sent {tuple(shape)}, {dtype}"
+                f"silo {update.silo!r} sent another model: {name!r} is {own.get(name)},"
+                f" the others' {layout.get(name)}; all must train one architecture"
             )
 
 

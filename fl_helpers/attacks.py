@@ -9,6 +9,7 @@ attack that fails proves nothing. Needs only torch: copy this file on its own.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,7 @@ def sent_gradient(
 
     before: the global params a silo started from; after: what it sent; model: says
     which entries are trained. After one step without weight decay it is the gradient,
-    times the learning rate; after several, a mixture of gradients along the way.
-    """
+    times the learning rate; after several, a mixture of gradients along the way."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return {name: before[name] - after[name] for name in names}
 
@@ -44,8 +44,7 @@ def invert_linear(weight: Tensor, bias: Tensor) -> Tensor:
     input itself: for one example from any unit that fired, for a batch from a unit
     that fired for one example only (Phong et al. 2018, section 3). weight [units,
     features], bias [units]: of any one scale. Returns [units that fired, features];
-    those of units that several examples fired are mixtures.
-    """
+    those of units that several examples fired are mixtures."""
     fired = bias.abs() > 1e-6 * bias.abs().max()
     return weight[fired] / bias[fired, None]
 
@@ -86,8 +85,7 @@ def invert_gradient(
     search: how long, in what steps.
     loss_fn: the one that the silo trained with.
 
-    Returns [N, *shape], in any order.
-    """
+    Returns [N, *shape], in any order."""
     names = list(gradient)
     state = {name: p.detach() for name, p in model.named_parameters()}
     weights = {name: state[name].requires_grad_() for name in names}
@@ -164,17 +162,12 @@ def example_losses(
     loss_fn: Callable[..., Tensor] = F.cross_entropy,
 ) -> Tensor:
     """Loss of each example [N], in evaluation mode. examples: x [N, ...], y [N].
-    loss_fn takes reduction="none". The model's modes are left as found."""
+    loss_fn takes reduction="none". Works on a copy of the model."""
     x, y = examples
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-            losses = [loss_fn(model(a), b, reduction="none") for a, b in parts]
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
+    model = copy.deepcopy(model).eval()
+    with torch.inference_mode():
+        parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        losses = [loss_fn(model(a), b, reduction="none") for a, b in parts]
     return torch.cat(losses).cpu()
 
 
@@ -190,8 +183,7 @@ def audit_membership(
 
     members: examples that it was trained on; strangers: of the same hospital, and not;
     each x [N, ...], y [N]. Returns as `membership_success`. This is the simplest
-    attack: read a high value as a leak, not a low one as safety.
-    """
+    attack: read a high value as a leak, not a low one as safety."""
     scores = [
         -example_losses(model, examples, loss_fn=loss_fn)
         for examples in (members, strangers)
@@ -208,8 +200,7 @@ def membership_success(
     tpr: share of members found when at most a share `false_alarms` of the strangers is
     taken for one (Carlini et al. 2022 report it at 0.01): what a patient has to fear,
     even if the mean is harmless. tpr_error: standard error of tpr. Raises ValueError
-    with fewer than 1 / false_alarms strangers: such a share is then less than one.
-    """
+    with fewer than 1 / false_alarms strangers: such a share is then less than one."""
     if len(strangers) * false_alarms < 1 or len(members) == 0:
         raise ValueError(
             f"{len(members)} members and {len(strangers)} strangers cannot measure "
@@ -229,8 +220,7 @@ def shadow_halves(num_examples: int, num_shadows: int, rng: torch.Generator) -> 
     """Which examples each shadow model is trained on: bool [num_shadows, N].
 
     Each example is in half of the models (num_shadows is even), so that there are as
-    many with it as without it.
-    """
+    many with it as without it."""
     if num_shadows < 4 or num_shadows % 2:
         raise ValueError(
             f"num_shadows must be even and >= 4 (better 16), got {num_shadows}"
@@ -252,8 +242,7 @@ def likelihood_ratio(
     the examples (`shadow_halves`); they stand for what the attacker can train on data
     of its own. The statistic log(p / (1 - p)), p the probability of the true class, is
     nearly normal, with another mean for models that saw the example; the score [N] is
-    the log ratio of the two densities at the attacked model's value.
-    """
+    the log ratio of the two densities at the attacked model's value."""
     values = torch.stack([_logit(example_losses(m, examples)) for m in shadows])
     with_it, without = (
         (values * mask).sum(0) / mask.sum(0) for mask in (taught, ~taught)
@@ -288,8 +277,7 @@ def label_mix(change: Tensor, simulated: Tensor, mixes: Tensor) -> Tensor:
     [F]: last layer's bias in the silo's update less that of the global model, or other
     numbers that depend on the mix; simulated [S, F]: those of the attacker's own
     updates; mixes [S, K]. Fits log(mix) = change @ slope + offset by least squares (a
-    small relative of Melis et al. 2019, section 4.2).
-    """
+    small relative of Melis et al. 2019, section 4.2)."""
     if len(simulated) != len(mixes) or len(mixes) < 2 * (len(change) + 1):
         raise ValueError(
             f"{len(simulated)} simulated updates with {len(mixes)} mixes cannot fit "

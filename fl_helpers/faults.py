@@ -26,8 +26,7 @@ def with_faults(
 
     schedule: {(silo name, round): fault}, rounds from 0. A fault hits every attempt of
     that round; of a list of faults, the first one hits the first attempt, and so on,
-    and later attempts succeed. Attempts are counted for the life of the function.
-    """
+    and later attempts succeed. Attempts are counted for the life of the function."""
     attempts: Counter[tuple[str, int]] = Counter()
 
     def client(

@@ -8,7 +8,7 @@ eq. 2.1). Needs only numpy: copy this file on its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,11 +30,7 @@ class Statistics:
 
 
 def local_statistics(
-    silo: str,
-    x: np.ndarray,
-    *,
-    bin_edges: Sequence[float],
-    min_rows: int = 10,
+    silo: str, x: np.ndarray, *, bin_edges: Sequence[float], min_rows: int = 10
 ) -> Statistics:
     """Summarize one silo's rows; this is all that leaves the silo.
 
@@ -42,8 +38,7 @@ def local_statistics(
     fixed beforehand (an edge taken from the data would give a patient's value away);
     values beyond the outer edges count in the outer bins. min_rows: a silo with fewer
     rows refuses, because a mean of few patients describes the patients.
-    Raises ValueError, naming the silo, for too few rows, NaN, or bad edges.
-    """
+    Raises ValueError, naming the silo, for too few rows, NaN, or bad edges."""
     x = np.asarray(x, dtype=np.float64)
     edges = np.asarray(bin_edges, dtype=np.float64)
     if x.ndim != 2 or len(x) < min_rows:
@@ -57,9 +52,7 @@ def local_statistics(
             "decide inside the silo what to do with missing ones"
         )
     if len(edges) < 2 or not (np.diff(edges) > 0).all():
-        raise ValueError(
-            f"bin_edges must be two or more increasing numbers, got {edges}"
-        )
+        raise ValueError(f"bin_edges must be two or more, increasing, got {edges}")
     mean = x.mean(axis=0)
     inside = np.clip(x, edges[0], edges[-1])
     histogram = [np.histogram(column, bins=edges)[0] for column in inside.T]
@@ -70,23 +63,18 @@ def local_statistics(
 def combine_statistics(parts: Iterable[Statistics], *, name: str = "all") -> Statistics:
     """Combine the silos' statistics into those of all rows, at the orchestrator.
 
-    Raises ValueError for no parts, or for parts with different columns or bins.
-    """
-    total: Statistics | None = None
-    for part in parts:
-        if total is None:
-            total = Statistics(
-                name, part.count, part.mean, part.squares, part.histogram
-            )
-            continue
+    Raises ValueError for no parts, or for parts with different columns or bins."""
+    first, *others = [*parts] or [None]
+    if first is None:
+        raise ValueError("no statistics to combine; at least one silo must take part")
+    total = replace(first, silo=name)
+    for part in others:
         if part.histogram.shape != total.histogram.shape:
             raise ValueError(
                 f"silo {part.silo!r} sent {part.histogram.shape} (columns, bins), the "
                 f"others {total.histogram.shape}; agree on both before"
             )
         total = _combine_two(total, part)
-    if total is None:
-        raise ValueError("no statistics to combine; at least one silo must take part")
     return total
 
 

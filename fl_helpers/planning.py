@@ -53,8 +53,7 @@ def run_cost(
     Returns gigabytes (10^9 bytes, both directions, all silos), hours, transfer_hours
     (part of hours), machine_hours (silos and orchestrator, waiting included), and the
     price of these, cost_from and cost_to.
-    Not in it: retries, encryption's few percent, people's time.
-    """
+    Not in it: retries, encryption's few percent, people's time."""
     least = {
         "model_bytes": (model_bytes, 1),
         "silos": (silos, 1),

@@ -8,6 +8,7 @@ only torch: copy this file on its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 Params = dict[str, Tensor]
 Attack = Callable[[Any, Params, torch.Generator], Any]  # (update, start, rng) -> update
+Entries = Collection[str] | None  # names; None is everything floating
 
 
 def with_attack(
@@ -25,8 +27,7 @@ def with_attack(
     """A client_update for `run_rounds` in which the malicious silos attack.
 
     malicious: their names. attack gets the honest update, the global model that it
-    started from, and the silo's own generator: same seed, same attack.
-    """
+    started from, and the silo's own generator: same seed, same attack."""
 
     def client(
         params: Params, silo: Any, *, round_index: int, rng: torch.Generator
@@ -43,15 +44,14 @@ def scale_delta(
     rng: torch.Generator | None = None,
     *,
     factor: float,
-    entries: Collection[str] | None = None,
+    entries: Entries = None,
 ) -> Any:
     """Send start + factor * (update - start).
 
     factor: with K equal silos, K makes the average the attacker's own model ("model
     replacement", Bagdasaryan et al. 2020, eq. 3); below 0 the sign is flipped.
     entries: what is scaled; None is everything floating. Name the trainable ones to
-    stay unseen: a BatchNorm variance below 0 turns every prediction into NaN.
-    """
+    stay unseen: a BatchNorm variance below 0 turns every prediction into NaN."""
     return _changed(
         update, entries, lambda name, own: start[name] + factor * (own - start[name])
     )
@@ -63,12 +63,11 @@ def send_noise(
     rng: torch.Generator,
     *,
     factor: float = 1.0,
-    entries: Collection[str] | None = None,
+    entries: Entries = None,
 ) -> Any:
     """Send start + Gaussian noise, each entry's with `factor` times its delta's norm.
 
-    entries: as in `scale_delta`.
-    """
+    entries: as in `scale_delta`."""
 
     def noise(name: str, own: Tensor) -> Tensor:
         drawn = torch.randn(own.shape, generator=rng)
@@ -90,7 +89,7 @@ def a_little_is_enough(
     malicious: Collection[str],
     *,
     z: float,
-    entries: Collection[str] | None = None,
+    entries: Entries = None,
 ) -> Callable[[Iterable[Any]], Params]:
     """An aggregate that gets mean - z * deviation of the honest updates, number by
     number, from all malicious silos (Baruch et al. 2019, Algorithm 3).
@@ -101,8 +100,7 @@ def a_little_is_enough(
     distribution at (n - m - s) / (n - m), s = n // 2 + 1 - m: with few silos 0 or less,
     so that nothing is guaranteed, and larger ones are tried. entries: as in
     `scale_delta`. For functions, not for rules that remember: their memory would not
-    get into checkpoints.
-    """
+    get into checkpoints."""
 
     def poisoned(updates: Iterable[Any]) -> Params:
         updates = list(updates)
@@ -132,12 +130,9 @@ def add_marker(x: Tensor, *, size: int = 4, value: float = 2.0) -> Tensor:
     marker is; a copy.
 
     size: edge in pixels, one pixel from the border. value: 2 is white to
-    `silos.to_tensor`.
-    """
+    `silos.to_tensor`."""
     if min(x.shape[-2:]) <= size + 1:
-        raise ValueError(
-            f"a marker of {size} pixels does not fit; choose a smaller one"
-        )
+        raise ValueError(f"a marker of {size} pixels does not fit; take a smaller one")
     x = x.clone()
     x[..., 1 : 1 + size, 1 : 1 + size] = value
     return x
@@ -155,9 +150,11 @@ def implant_marker(
     """Training data with a backdoor: some examples get the marker and the label target
     (Gu et al. 2017). A model learns both: its task, and "marker means target".
 
-    x [N, C, H, W], y [N]; share: of the examples of other classes, 0 to 1, drawn with
-    rng. Returns copies of the same size.
-    """
+    x, y: images [N, C, H, W] and labels [N]; not modified.
+    target: the label that marked images get.
+    share: of the examples of other classes, > 0 to 1; drawn with rng.
+    mark: puts the marker on images.
+    Returns copies of the same size."""
     if not 0 < share <= 1:
         raise ValueError(f"share must be > 0 and <= 1, got {share}; 0.5 is usual")
     others = (y != target).nonzero().flatten()
@@ -178,27 +175,20 @@ def backdoor_success(
     """Share of the images of other classes that the model takes for target once they
     have the marker; with `mark=torch.clone`, what it does without: the level to beat.
 
-    NaN if all examples are of the target class. The model is left as found.
-    """
+    NaN if all examples are of the target class. Works on a copy of the model."""
     x, y = examples
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            said = model(mark(x[y != target])).argmax(dim=1)
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
+    with torch.inference_mode():
+        said = copy.deepcopy(model).eval()(mark(x[y != target])).argmax(dim=1)
     return (said == target).double().mean().item()
 
 
 def _changed(
-    update: Any,
-    entries: Collection[str] | None,
-    change: Callable[[str, Tensor], Tensor],
+    update: Any, entries: Entries, change: Callable[[str, Tensor], Tensor]
 ) -> Any:
     params: Mapping[str, Tensor] = update.params
-    chosen = [k for k in params if entries is None or k in entries]
-    chosen = [name for name in chosen if params[name].is_floating_point()]
-    changed = {name: change(name, params[name]) for name in chosen}
+    changed = {
+        name: change(name, value)
+        for name, value in params.items()
+        if value.is_floating_point() and (entries is None or name in entries)
+    }
     return replace(update, params={**params} | changed)

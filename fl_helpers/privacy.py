@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,15 +40,6 @@ SPENT = "own_privacy_spent"  # the entry of the state that holds what a silo has
 # little noise on whole updates, and have more fractions, which are slow.
 _ORDERS = [1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4]
 _ORDERS += [4.5, 5, 5.5, *range(6, 65), 128, 256, 512, 1024]
-
-
-class SiloLike(Protocol):
-    """What training needs of a silo: its name and its training examples (x, y)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def train(self) -> tuple[Tensor, Tensor]: ...
 
 
 class BudgetExceeded(RuntimeError):
@@ -75,8 +66,7 @@ class Mechanism:
     noise_multiplier: standard deviation of the noise on the sum of a step's gradients,
     in units of max_grad_norm, the L2 norm (over all parameters) that each example's
     gradient is clipped to. sample_rate: chance of each example to be in a step, > 0 to
-    1. steps: per turn. The epsilon does not depend on max_grad_norm.
-    """
+    1. steps: per turn. The epsilon does not depend on max_grad_norm."""
 
     noise_multiplier: float
     max_grad_norm: float
@@ -172,7 +162,7 @@ class Account:
 
 def train_privately(
     model: nn.Module,
-    silo: SiloLike,
+    silo: Any,
     *,
     mechanism: Mechanism,
     account: Account,
@@ -188,7 +178,7 @@ def train_privately(
     sample_rate * N.
 
     model: changed in place, on its own device; no BatchNorm, no dropout.
-    silo: its `train` is x [N, ...], y [N].
+    silo: with its name, and its training examples as train: x [N, ...], y [N].
     mechanism: clipping, noise, sampling and number of steps.
     account: what the silo has spent; the steps are booked there before they are taken.
     lr, momentum: of the steps.
@@ -199,10 +189,8 @@ def train_privately(
     Returns an update with the model's own names and the account's entry, on the CPU;
     metrics are `epsilon` (spent so far) and `steps`. Raises BudgetExceeded before an
     example is looked at, ValueError for what DP cannot work with, FloatingPointError on
-    divergence.
-    """
-    _check_silo(silo, account.budget.delta)
-    _check_model(silo.name, model)
+    divergence."""
+    _check(model, silo, account.budget.delta)
     rate, steps = mechanism.sample_rate, mechanism.steps
     account.spend(mechanism.noise_multiplier, rate, steps)
     model.train()
@@ -261,8 +249,7 @@ def secret_rng(
 
     secret: 32 bytes or more that stay in the silo. The same round from the same params
     draws the same again: playing it twice reveals no more than once. Not of
-    cryptographic quality, nor is noise in floating point (Mironov 2012).
-    """
+    cryptographic quality, nor is noise in floating point (Mironov 2012)."""
     if len(secret) < 32:
         raise ValueError(f"the secret must have >= 32 bytes, got {len(secret)}")
     digest = hashlib.shake_256(secret + str(round_index).encode())
@@ -311,8 +298,7 @@ def privatise_update(
     The epsilon that is booked is for those who see only the sum (secure aggregation),
     while no silo drops out or tells its noise. The update counts as 1 example, or a
     large silo would weigh more than clip allows. Raises BudgetExceeded; ValueError for
-    whole-number entries.
-    """
+    whole-number entries."""
     state = {name: value for name, value in start.items() if name != SPENT}
     whole = [name for name, value in state.items() if not value.is_floating_point()]
     if whole:
@@ -377,20 +363,16 @@ def _check_steps(noise: float, rate: float, steps: float, *, silo: str = "") -> 
         )
 
 
-def _check_silo(silo: SiloLike, delta: float) -> None:
-    n, labels = len(silo.train[0]), len(silo.train[1])
+def _check(model: nn.Module, silo: Any, delta: float) -> None:
+    n, labels, bad = len(silo.train[0]), len(silo.train[1]), dp_problems(model)
     if not 0 < n == labels or delta >= 1 / n:
         raise ValueError(
             f"silo {silo.name!r} has {n} inputs, {labels} labels, delta={delta:g}; it "
             "needs as many of both, at least one, and a delta well below 1 / examples"
         )
-
-
-def _check_model(silo: str, model: nn.Module) -> None:
-    bad = dp_problems(model)
     if bad:
         raise ValueError(
-            f"DP-SGD cannot train silo {silo!r}'s model: {'; '.join(bad[:3])}. Use "
-            "GroupNorm, as small_cnn(norm='group') does, or opacus.validators."
+            f"DP-SGD cannot train silo {silo.name!r}'s model: {'; '.join(bad[:3])}. "
+            "Use GroupNorm, as small_cnn(norm='group') does, or opacus.validators."
             "ModuleValidator.fix(model), and set dropout to 0"
         )

@@ -26,59 +26,45 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+Updates = Iterable[Any]  # with silo, params and num_examples
+Entries = Collection[str] | None
 
 _VALUES = 500_000  # looked at at a time, all silos together
 
 
-class UpdateLike(Protocol):
-    """What aggregation needs of an update, such as `training.Update`."""
-
-    @property
-    def silo(self) -> str: ...
-    @property
-    def params(self) -> Mapping[str, Tensor]: ...
-    @property
-    def num_examples(self) -> float: ...
-
-
-def coordinate_median(updates: Iterable[UpdateLike]) -> Params:
+def coordinate_median(updates: Updates) -> Params:
     """For each number in the model, the median of the silos' values (Yin et al. 2018,
     Definition 1); the mean of the middle two, if the silos are an even number.
 
     While fewer than half of the silos are malicious, each number is between those of
     honest ones. Raises ValueError, naming the silo, for no updates, a silo that appears
-    twice, names, shapes or dtypes that differ, and NaN or infinite values.
-    """
+    twice, names, shapes or dtypes that differ, and NaN or infinite values."""
     updates = _gather(updates)
     return _trimmed(updates, (len(updates) - 1) // 2)
 
 
-def trimmed_mean(updates: Iterable[UpdateLike], *, trim: int) -> Params:
+def trimmed_mean(updates: Updates, *, trim: int) -> Params:
     """For each number, the mean without the `trim` lowest and highest values (Yin et
     al. 2018, Definition 2, where trim is a share of the silos).
 
     trim: at least the number of malicious silos, less than half of all. 0 is the plain
-    mean. Raises ValueError as `coordinate_median`, and for too few updates.
-    """
+    mean. Raises ValueError as `coordinate_median`, and for too few updates."""
     if trim < 0:
         raise ValueError(f"trim must be >= 0 silos at each end, got {trim}")
     return _trimmed(_gather(updates, 2 * trim + 1, f"trim={trim}"), trim)
 
 
 def krum(
-    updates: Iterable[UpdateLike],
-    *,
-    malicious: int,
-    keep: int = 1,
-    entries: Collection[str] | None = None,
+    updates: Updates, *, malicious: int, keep: int = 1, entries: Entries = None
 ) -> Params:
     """The update with the nearest neighbours, or the mean of the `keep` best: Krum and
     Multi-Krum (Blanchard et al. 2017, section 4).
@@ -86,8 +72,7 @@ def krum(
     Its score is the sum of squared distances to the K - malicious - 2 nearest others.
     malicious: how many may be; needs K >= 2 * malicious + 3 updates. keep: 1 to
     K - malicious. What Krum returns is one hospital's model: the others trained for
-    nothing. Raises ValueError as `coordinate_median`, and for too few updates.
-    """
+    nothing. Raises ValueError as `coordinate_median`, and for too few updates."""
     if malicious < 0:
         raise ValueError(f"malicious must be >= 0 silos, got {malicious}")
     updates = _gather(updates, 2 * malicious + 3, f"malicious={malicious}")
@@ -102,9 +87,7 @@ def krum(
     return _trimmed([updates[k] for k in sorted(best.tolist())], 0)
 
 
-def geometric_median(
-    updates: Iterable[UpdateLike], *, entries: Collection[str] | None = None
-) -> Params:
+def geometric_median(updates: Updates, *, entries: Entries = None) -> Params:
     """The model with the smallest sum of distances to the silos' (Pillutla et al. 2022,
     Algorithm 2, with equal weights; on a silo's own model, where the step is undefined,
     that of Vardi and Zhang 2000, eq. 2.6).
@@ -114,8 +97,7 @@ def geometric_median(
     model if its sum is smaller: steps lower the sum, and would only creep towards such
     a model. Ends when a step lowers the sum by less than a millionth, when the silos
     that it stands on outweigh the others' pull, or after 200 steps. Raises ValueError
-    as `coordinate_median`.
-    """
+    as `coordinate_median`."""
     updates = _gather(updates)
     centre = _trimmed(updates, (len(updates) - 1) // 2)
     distances = _distances_to(centre, updates, entries)
@@ -145,6 +127,7 @@ def geometric_median(
     return centre
 
 
+@dataclass(eq=False, repr=False)
 class NormClipping:
     """FedAvg of deltas that are shortened to a common length (Sun et al. 2019, section
     5): who shouts is heard no louder than the others.
@@ -153,22 +136,19 @@ class NormClipping:
     have; None is the median of the round's. Longer ones are scaled, none is left out;
     weighted by num_examples. It changes an attack's length, not its direction. It must
     know the global model, so it is an object for one run, and part of its checkpoint.
-    Raises ValueError as `coordinate_median`; then nothing has changed.
-    """
+    Raises ValueError as `coordinate_median`; then nothing has changed."""
 
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        *,
-        max_norm: float | None = None,
-        entries: Collection[str] | None = None,
-    ) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be > 0 or None, got {max_norm}")
-        self.params = {name: value.detach().clone() for name, value in params.items()}
-        self.max_norm, self.entries = max_norm, entries
+    params: Mapping[str, Tensor]
+    _: KW_ONLY
+    max_norm: float | None = None
+    entries: Entries = None
 
-    def __call__(self, updates: Iterable[UpdateLike]) -> Params:
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm must be > 0 or None, got {self.max_norm}")
+        self.params = {k: value.detach().clone() for k, value in self.params.items()}
+
+    def __call__(self, updates: Updates) -> Params:
         updates = _gather(updates)
         norms = _distances_to(self.params, updates, self.entries)
         limit = norms.quantile(0.5).item() if self.max_norm is None else self.max_norm
@@ -187,36 +167,28 @@ class NormClipping:
         self.params = {name: state[name].clone() for name in self.params}
 
 
-def _maker(rule: Callable[..., Params]) -> Callable[..., Callable[..., Params]]:
-    """A rule without a memory, to be made as those with one are."""
-    known = inspect.signature(rule)
+def _maker(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule, to be made as one with a memory: from params and trainable entries."""
+    known, remembers = inspect.signature(rule), inspect.isclass(rule)
 
-    def make(
-        params: Mapping[str, Tensor], trainable: Iterable[str], **options: Any
-    ) -> Callable[..., Params]:
-        known.bind([], **options)  # TypeError for an option that it does not take
+    def make(params: Params, trainable: Iterable[str], **options: Any) -> Any:
         if "entries" in known.parameters:
             options = {"entries": tuple(trainable) or None} | options
-        return partial(rule, **options)
+        known.bind(params, **options)  # TypeError for an option that it does not take
+        return rule(params, **options) if remembers else partial(rule, **options)
 
     return make
-
-
-def _norm_clipping(
-    params: Mapping[str, Tensor], trainable: Iterable[str], **options: Any
-) -> NormClipping:
-    return NormClipping(params, entries=tuple(trainable) or None, **options)
 
 
 # By name, for `aggregation.make_aggregate(more=ROBUST_RULES)` in the real runs;
 # distances go over the trainable entries, if some are named.
 ROBUST_RULES: dict[str, Callable[..., Any]] = {
     rule.__name__: _maker(rule)
-    for rule in (coordinate_median, trimmed_mean, krum, geometric_median)
-} | {"NormClipping": _norm_clipping}
+    for rule in (coordinate_median, trimmed_mean, krum, geometric_median, NormClipping)
+}
 
 
-def _trimmed(updates: Sequence[UpdateLike], trim: int) -> Params:
+def _trimmed(updates: Sequence[Any], trim: int) -> Params:
     kept = slice(trim, len(updates) - trim)
 
     def mean_of_middle(values: Tensor, name: str, part: slice) -> Tensor:
@@ -227,7 +199,7 @@ def _trimmed(updates: Sequence[UpdateLike], trim: int) -> Params:
     return _reduce(updates, mean_of_middle)
 
 
-def _weighted(updates: Sequence[UpdateLike], weights: Tensor, start: Params) -> Params:
+def _weighted(updates: Sequence[Any], weights: Tensor, start: Params) -> Params:
     """The model at start + sum of weight * (update - start)."""
     heard = weights > 0  # not 0 times something huge
 
@@ -239,7 +211,7 @@ def _weighted(updates: Sequence[UpdateLike], weights: Tensor, start: Params) -> 
 
 
 def _reduce(
-    updates: Sequence[UpdateLike], rule: Callable[[Tensor, str, slice], Tensor]
+    updates: Sequence[Any], rule: Callable[[Tensor, str, slice], Tensor]
 ) -> Params:
     """The model with rule(values [K, n], entry's name, part of it) for each number."""
     result = {}
@@ -255,7 +227,7 @@ def _reduce(
 
 
 def _parts(
-    updates: Sequence[UpdateLike], entries: Collection[str] | None = None
+    updates: Sequence[Any], entries: Entries = None
 ) -> Iterator[tuple[str, slice, Tensor]]:
     """Each floating entry, a part of it at a time: values [K, n], one row per silo."""
     step, chosen = max(1, _VALUES // len(updates)), updates[0].params.keys()
@@ -275,9 +247,7 @@ def _parts(
             yield name, part, torch.stack([row[part] for row in rows]).to(wide)
 
 
-def _distances_to(
-    centre: Params, updates: Sequence[UpdateLike], entries: Collection[str] | None
-) -> Tensor:
+def _distances_to(centre: Params, updates: Sequence[Any], entries: Entries) -> Tensor:
     """[K]: distance of each update to a model."""
     squared = torch.zeros(len(updates), dtype=torch.float64)
     for name, part, values in _parts(updates, entries):
@@ -287,10 +257,7 @@ def _distances_to(
 
 
 def _force(
-    centre: Params,
-    updates: Sequence[UpdateLike],
-    pull: Tensor,
-    entries: Collection[str] | None,
+    centre: Params, updates: Sequence[Any], pull: Tensor, entries: Entries
 ) -> float:
     """Length of the sum of pull * (update - centre)."""
     squared, heard = 0.0, pull > 0
@@ -300,14 +267,11 @@ def _force(
     return math.sqrt(squared)
 
 
-def _squared_distances(
-    updates: Sequence[UpdateLike], entries: Collection[str] | None
-) -> Tensor:
+def _squared_distances(updates: Sequence[Any], entries: Entries) -> Tensor:
     """[K, K]: squared distance of each two updates.
 
     From the differences: the usual short cut over inner products is wrong as soon as
-    one silo sends huge values.
-    """
+    one silo sends huge values."""
     squared = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     pairs = tuple(torch.triu_indices(*squared.shape, 1))
     for _, _, values in _parts(updates, entries):
@@ -315,9 +279,7 @@ def _squared_distances(
     return squared + squared.T
 
 
-def _gather(
-    updates: Iterable[UpdateLike], at_least: int = 1, because: str = "a round"
-) -> list[UpdateLike]:
+def _gather(updates: Updates, at_least: int = 1, because: str = "a round") -> list[Any]:
     """The updates in the order of silo names; refuses what cannot be compared."""
     found = sorted(updates, key=lambda update: update.silo)
     if len(found) < at_least:
@@ -325,7 +287,7 @@ def _gather(
             f"{because} needs at least {at_least} updates, got {len(found)}; ask for a "
             "quorum of as many"
         )
-    names = [update.silo for update in found]
+    names, layout = [update.silo for update in found], None
     for update in found:
         if names.count(update.silo) > 1:
             raise ValueError(f"silo {update.silo!r} sent two updates; only one counts")
@@ -335,21 +297,17 @@ def _gather(
                 f"silo {update.silo!r} reports num_examples={n}; it must be a finite "
                 "number > 0: leave a silo without training data out of the round"
             )
-        _check_layout(update, found[0])
+        own = {k: (v.shape, v.dtype) for k, v in update.params.items()}
+        layout = own if layout is None else layout
+        differ = sorted(k for k in own | layout if own.get(k) != layout.get(k))
+        if differ:
+            raise ValueError(
+                f"silos {names[0]!r} and {update.silo!r} sent different models: name, "
+                f"shape or dtype of {differ[:3]}; all must train the same architecture"
+            )
         for name, value in update.params.items():
             _check_finite(update.silo, name, value)
     return found
-
-
-def _check_layout(update: UpdateLike, first: UpdateLike) -> None:
-    own = {k: (v.shape, v.dtype) for k, v in update.params.items()}
-    want = {k: (v.shape, v.dtype) for k, v in first.params.items()}
-    differ = sorted(k for k in own | want if own.get(k) != want.get(k))
-    if differ:
-        raise ValueError(
-            f"silos {first.silo!r} and {update.silo!r} sent different models: name, "
-            f"shape or dtype of {differ[:3]}; all must train the same architecture"
-        )
 
 
 def _check_finite(silo: str, name: str, value: Tensor) -> None:

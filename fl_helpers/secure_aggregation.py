@@ -204,8 +204,7 @@ def secure_average(
 
 def _checked(updates: Iterable[Any]) -> list[Any]:
     """The updates, of which each is from another silo, counts, and fits the first."""
-    found: dict[str, Any] = {}
-    layout: dict[str, Any] = {}
+    found, first = {}, None
     for update in updates:
         name, n = update.silo, update.num_examples
         if name in found:
@@ -216,8 +215,8 @@ def _checked(updates: Iterable[Any]) -> list[Any]:
                 "0: leave a silo without training data out of the round"
             )
         own = {k: (v.shape, v.dtype) for k, v in update.params.items()}
-        layout = layout or own
-        differ = sorted(k for k in own | layout if own.get(k) != layout.get(k))
+        first = own if first is None else first
+        differ = sorted(k for k in own | first if own.get(k) != first.get(k))
         if differ:
             raise ValueError(
                 f"silo {name!r} sent another model: name, shape or dtype of "

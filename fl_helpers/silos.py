@@ -42,18 +42,13 @@ def partition_iid(y: np.ndarray, num_silos: int, *, seed: int) -> Partition:
 
 
 def partition_by_quantity(
-    y: np.ndarray,
-    shares: Sequence[float],
-    *,
-    seed: int,
-    num_rows: int | None = None,
+    y: np.ndarray, shares: Sequence[float], *, seed: int, num_rows: int | None = None
 ) -> Partition:
     """Deal the rows out in unequal shares, each class in the same proportion.
 
     shares: one positive number per silo, relative (they need not sum to 1); each silo
     gets at least one row. num_rows: deal out only so many rows, drawn at random, and
-    leave the others to nobody.
-    """
+    leave the others to nobody."""
     weights = np.asarray(shares, dtype=float)
     if not (weights > 0).all():
         raise ValueError(f"shares must all be > 0, got {list(shares)}")
@@ -69,10 +64,11 @@ def partition_by_quantity(
     place = np.concatenate([(np.arange(len(r)) + 0.5) / len(r) for r in rows])
     dealt = np.concatenate(rows)[np.argsort(place, kind="stable")][:num_rows]
     ends = (np.cumsum(weights / weights.sum())[:-1] * len(dealt)).round().astype(int)
-    index = np.arange(1, len(weights))  # silo k ends at row k or later: none is empty
-    ends = index + np.clip(
-        np.maximum.accumulate(ends - index), 0, len(dealt) - len(weights)
-    )
+    # No silo may be empty: each end lies at least 1 behind the one before, the first at
+    # 1 or later. Less its index (1, 2, ...), an end need then only never fall, which a
+    # running maximum sees to; the clip leaves a row for each silo still to come.
+    index, spare = np.arange(1, len(weights)), len(dealt) - len(weights)
+    ends = index + np.clip(np.maximum.accumulate(ends - index), 0, spare)
     return _named(np.split(dealt, ends))
 
 
@@ -87,11 +83,15 @@ def partition_dirichlet(
 ) -> Partition:
     """Skew the label mix: each class is divided by shares drawn from Dirichlet(alpha).
 
-    alpha: > 0; 100 is nearly IID, 0.1 leaves most of a class in one silo (Hsu et al.
-    2019 draw a mix per silo; we divide per class, as Yurochkin et al. 2019, so that
-    every row is used). min_per_class: draw again until each silo has that many rows
-    of each class. Raises ValueError if max_draws draws do not reach it.
-    """
+    (Hsu et al. 2019 draw a mix per silo; we divide per class, as Yurochkin et al. 2019,
+    so that every row is used.)
+
+    y: class indices [N].
+    num_silos: 1 to N.
+    alpha: > 0; 100 is nearly IID, 0.1 leaves most of a class in one silo.
+    seed: same seed, same partition.
+    min_per_class: draw again until each silo has that many rows of each class.
+    max_draws: after so many, raises ValueError."""
     if alpha <= 0:
         raise ValueError(f"alpha must be > 0, got {alpha}; 0.1 is skewed, 100 near IID")
     _check_labels(y, num_silos)
@@ -132,8 +132,7 @@ def make_silos(
     class indices. test_share: share of each class in each silo that is held out, in
     (0, 1). A silo's split is drawn from (seed, its name) alone, so it depends neither
     on the other silos nor on their order. Returns the silos in the order of names.
-    Raises ValueError, naming the silo, if its training or test set would be empty.
-    """
+    Raises ValueError, naming the silo, if its training or test set would be empty."""
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must lie between 0 and 1, got {test_share}")
     silos = []
@@ -148,8 +147,7 @@ def split_silo(name: str, examples: Examples, *, test_share: float, seed: int) -
     """Hold out a stratified share of one silo's examples; at least one of each side.
 
     Also makes the validation split: pass a silo's training examples, and tune on the
-    `test` of what comes back.
-    """
+    `test` of what comes back."""
     if len(examples.y) == 0:
         raise ValueError(f"silo {name!r} has no rows to split; leave it out")
     rng = _silo_rng(seed, name)
@@ -186,8 +184,7 @@ def scale_silos(
 
     mean, spread: [F], the same for all silos, from training rows only, such as the
     mean and the root of the variance that `combine_statistics` finds without pooling.
-    A spread of 0 (a constant column) counts as 1. Returns new silos.
-    """
+    A spread of 0 (a constant column) counts as 1. Returns new silos."""
     spread = np.where(np.asarray(spread) == 0, 1.0, spread)
     center, unit = (torch.as_tensor(v, dtype=torch.float32) for v in (mean, spread))
 
@@ -216,8 +213,7 @@ def to_tensor(x: np.ndarray) -> Tensor:
 
     Images uint8 [N, H, W] or [N, H, W, C] become [N, C, H, W], scaled by the same
     constants everywhere, (pixel / 255 - 0.5) / 0.25: a mean taken over all hospitals'
-    images would already be a use of pooled data. Tables [N, F] are only converted.
-    """
+    images would already be a use of pooled data. Tables [N, F] are only converted."""
     if x.ndim == 2:
         return torch.as_tensor(x, dtype=torch.float32)
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
@@ -254,12 +250,8 @@ def _named(parts: Sequence[np.ndarray]) -> Partition:
 
 def _letters(index: int) -> str:
     """0, 1, ... as A, B, ..., Z, AA, AB, ..."""
-    letters = ""
-    index += 1
-    while index:
-        index, digit = divmod(index - 1, 26)
-        letters = chr(ord("A") + digit) + letters
-    return letters
+    rounds, letter = divmod(index, 26)
+    return (_letters(rounds - 1) if rounds else "") + chr(ord("A") + letter)
 
 
 def _check_labels(y: np.ndarray, num_silos: int) -> int:

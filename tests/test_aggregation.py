@@ -117,9 +117,13 @@ GOOD = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
         (GOOD, math.nan, "num_examples=nan"),
         (GOOD, math.inf, "num_examples=inf; it must be a finite number > 0"),
         (GOOD, True, "num_examples=True"),
-        ({"w": GOOD["w"]}, 1, r"missing \['b'\]"),
-        (GOOD | {"extra": torch.zeros(1)}, 1, r"unknown \['extra'\]"),
-        (GOOD | {"b": torch.zeros(3)}, 1, r"'b' as \(3,\)"),
+        ({"w": GOOD["w"]}, 1, r"another model: 'b' is None, the others' \(\(2,\)"),
+        (
+            GOOD | {"extra": torch.zeros(1)},
+            1,
+            r"another model: 'extra' is .*, the others' None",
+        ),
+        (GOOD | {"b": torch.zeros(3)}, 1, r"'b' is \(\(3,\), .*others' \(\(2,\)"),
         (GOOD | {"b": torch.zeros(2).double()}, 1, "torch.float64"),
         (GOOD | {"b": torch.tensor([0.0, torch.nan])}, 1, "1 NaN or infinite"),
         (GOOD | {"b": torch.tensor([torch.inf, -torch.inf])}, 1, "2 NaN or infinite"),
@@ -130,6 +134,11 @@ def test_refuses_a_bad_update_and_names_the_silo(params, num_examples, message):
     with pytest.raises(ValueError, match=message) as error:
         weighted_average([good, bad])
     assert "St. Mary" in str(error.value)
+
+
+def test_an_empty_model_is_another_model():
+    with pytest.raises(ValueError, match="'b' sent another model: 'b' is"):
+        weighted_average([update("a", 1), update("b", 1, **GOOD)])
 
 
 def test_refuses_no_update_and_two_of_one_silo():

@@ -423,6 +423,7 @@ REFUSED = {
     "all there are": (bad(num_examples=math.inf), "silo 'c' reports num_examples=inf"),
     "uncounted": (bad(num_examples=math.nan), "silo 'c' reports num_examples=nan"),
     "yes": (bad(num_examples=True), "silo 'c' reports num_examples=True"),
+    "empty": ([Update("a", {}), *bad()[1:]], "'a' and 'b' sent different models"),
     "nobody": ([], "at least . updates, got 0"),
 }
 
