@@ -67,6 +67,15 @@ def weighted_average(updates: Iterable[UpdateLike]) -> dict[str, Tensor]:
     return {name: value.to(layout[name][1]) for name, value in mean.items()}
 
 
+_ABOVE_0 = (lambda value: 0 < value < math.inf, "> 0")
+_SHARE = (lambda value: 0 <= value < 1, ">= 0 and < 1")
+_LIMITS = {  # of the rules' options
+    "lr": _ABOVE_0, "tau": _ABOVE_0, "lipschitz": _ABOVE_0,
+    "momentum": _SHARE, "beta1": _SHARE, "beta2": _SHARE,
+    "q": (lambda value: 0 <= value < math.inf, ">= 0"),
+}  # fmt: skip
+
+
 @dataclass(eq=False, repr=False)
 class ServerRule:
     """What the rules below share: the global model, and memory between rounds.
@@ -100,6 +109,9 @@ class ServerRule:
                 f"unknown: {unknown[:3]}, whole numbers: {whole[:3]}; take the names "
                 "from model.named_parameters(), not from its state_dict()"
             )
+        for name, (allowed, said) in _LIMITS.items():
+            if name in vars(self) and not allowed(vars(self)[name]):
+                raise ValueError(f"{name} must be {said}, got {vars(self)[name]}")
         self.rounds_done = 0
         self._memory = {
             f"{slot}.{name}": torch.zeros_like(self.params[name])
@@ -160,11 +172,6 @@ class FedAvgM(ServerRule):
     momentum: float = 0.9
     memory: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.lr > 0, "lr must be > 0", self.lr)
-        _require(0 <= self.momentum < 1, "momentum must be >= 0 and < 1", self.momentum)
-
     def _step(self, x: Tensor, mean: Tensor, *memory: Tensor) -> Step:
         (velocity,) = memory
         # lerp, so that lr = 1 without momentum is the mean itself, to the last bit.
@@ -190,13 +197,6 @@ class FedOpt(ServerRule):
     beta2: float = 0.99
     tau: float = 1e-3
     memory: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.lr > 0, "lr must be > 0", self.lr)
-        _require(0 <= self.beta1 < 1, "beta1 must be >= 0 and < 1", self.beta1)
-        _require(0 <= self.beta2 < 1, "beta2 must be >= 0 and < 1", self.beta2)
-        _require(self.tau > 0, "tau must be > 0", self.tau)
 
     def _step(self, x: Tensor, mean: Tensor, *memory: Tensor) -> Step:
         first, second = memory
@@ -256,10 +256,6 @@ class FedNova(ServerRule):
     _: KW_ONLY
     momentum: float = 0.9
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 <= self.momentum < 1, "momentum must be >= 0 and < 1", self.momentum)
-
     def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
         sums = {"examples": 0.0, "length": 0.0, "weight": 0.0, "unit": 0.0}
 
@@ -301,11 +297,6 @@ class QFedAvg(ServerRule):
     _: KW_ONLY
     q: float
     lipschitz: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.q >= 0, "q must be >= 0", self.q)
-        _require(self.lipschitz > 0, "lipschitz must be > 0", self.lipschitz)
 
     def _reduce(self, updates: Iterable[UpdateLike]) -> tuple[Params, float]:
         sums = {"weight": 0.0, "h": 0.0}
@@ -379,11 +370,6 @@ def _metric(update: UpdateLike, name: str) -> float:
             f"number >= 0 in the update's metrics"
         )
     return value
-
-
-def _require(holds: bool, what: str, value: float) -> None:
-    if not (holds and math.isfinite(value)):
-        raise ValueError(f"{what}, got {value}")
 
 
 def _accumulate(

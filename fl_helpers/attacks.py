@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Examples = tuple[Tensor, Tensor]  # x [N, ...], y [N]
 
 
 # -- gradient inversion
@@ -156,7 +157,7 @@ def closest(images: Tensor, originals: Tensor, *, span: float = 1.0) -> Tensor:
 
 def example_losses(
     model: nn.Module,
-    examples: tuple[Tensor, Tensor],
+    examples: Examples,
     *,
     batch_size: int = 512,
     loss_fn: Callable[..., Tensor] = F.cross_entropy,
@@ -173,8 +174,8 @@ def example_losses(
 
 def audit_membership(
     model: nn.Module,
-    members: tuple[Tensor, Tensor],
-    strangers: tuple[Tensor, Tensor],
+    members: Examples,
+    strangers: Examples,
     *,
     loss_fn: Callable[..., Tensor] = F.cross_entropy,
 ) -> dict[str, float]:
@@ -184,11 +185,10 @@ def audit_membership(
     members: examples that it was trained on; strangers: of the same hospital, and not;
     each x [N, ...], y [N]. Returns as `membership_success`. This is the simplest
     attack: read a high value as a leak, not a low one as safety."""
-    scores = [
-        -example_losses(model, examples, loss_fn=loss_fn)
-        for examples in (members, strangers)
-    ]
-    return membership_success(*scores)
+    both = (members, strangers)
+    return membership_success(
+        *(-example_losses(model, e, loss_fn=loss_fn) for e in both)
+    )
 
 
 def membership_success(
@@ -230,10 +230,7 @@ def shadow_halves(num_examples: int, num_shadows: int, rng: torch.Generator) -> 
 
 
 def likelihood_ratio(
-    model: nn.Module,
-    shadows: Sequence[nn.Module],
-    taught: Tensor,
-    examples: tuple[Tensor, Tensor],
+    model: nn.Module, shadows: Sequence[nn.Module], taught: Tensor, examples: Examples
 ) -> Tensor:
     """Membership score of each example, by models trained with and without it (LiRA,
     Carlini et al. 2022, Algorithm 1, with one variance for all examples).
@@ -244,9 +241,8 @@ def likelihood_ratio(
     nearly normal, with another mean for models that saw the example; the score [N] is
     the log ratio of the two densities at the attacked model's value."""
     values = torch.stack([_logit(example_losses(m, examples)) for m in shadows])
-    with_it, without = (
-        (values * mask).sum(0) / mask.sum(0) for mask in (taught, ~taught)
-    )
+    halves = ((values * mask).sum(0) / mask.sum(0) for mask in (taught, ~taught))
+    with_it, without = halves
     residual = values - torch.where(taught, with_it, without)
     freedom = values.numel() - 2 * values.shape[1]
     variance = residual.square().sum() / freedom
@@ -258,8 +254,8 @@ def likelihood_ratio(
 
 
 def draw_mix(
-    examples: tuple[Tensor, Tensor], mix: Tensor, count: int, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    examples: Examples, mix: Tensor, count: int, rng: torch.Generator
+) -> Examples:
     """`count` of the examples, with about these shares of each class [K], shuffled;
     drawn with replacement, so a few of each class are enough."""
     x, y = examples

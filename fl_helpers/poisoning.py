@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 Params = dict[str, Tensor]
 Attack = Callable[[Any, Params, torch.Generator], Any]  # (update, start, rng) -> update
+Examples = tuple[Tensor, Tensor]
+Mark = Callable[[Tensor], Tensor]  # puts the marker on images
 Entries = Collection[str] | None  # names; None is everything floating
 
 
@@ -145,8 +147,8 @@ def implant_marker(
     target: int,
     share: float,
     rng: torch.Generator,
-    mark: Callable[[Tensor], Tensor] = add_marker,
-) -> tuple[Tensor, Tensor]:
+    mark: Mark = add_marker,
+) -> Examples:
     """Training data with a backdoor: some examples get the marker and the label target
     (Gu et al. 2017). A model learns both: its task, and "marker means target".
 
@@ -166,11 +168,7 @@ def implant_marker(
 
 
 def backdoor_success(
-    model: nn.Module,
-    examples: tuple[Tensor, Tensor],
-    *,
-    target: int,
-    mark: Callable[[Tensor], Tensor] = add_marker,
+    model: nn.Module, examples: Examples, *, target: int, mark: Mark = add_marker
 ) -> float:
     """Share of the images of other classes that the model takes for target once they
     have the marker; with `mark=torch.clone`, what it does without: the level to beat.
