@@ -6,6 +6,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+import yaml
 
 from fl_helpers.record import read_recorded
 
@@ -13,34 +14,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 REAL_FILE = ROOT.parent / "shared" / "data" / "pneumoniamnist.npz"
 
-# A new notebook without an entry here is a KeyError, so nobody forgets.
-SMOKE = {
-    "01_centralized_baseline": {"SIZES": [300, 200, 160, 120], "ROUNDS": 5},
-    "02_hospitals_and_their_data": {"SIZES": [300, 200, 160, 120]},
-    "03_fedavg_from_scratch": {
-        "SIZES": [400, 300, 200, 120],
-        "ROUNDS": 6,
-        "SEEDS": [0],
-    },
-    "04_when_hospitals_differ": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
-    "05_privacy_attacks_and_defences": {
-        "SIZES": [640, 320, 240, 200],
-        "ROUNDS": 2,
-        "ITERATIONS": 20,
-        "SHADOW_EPOCHS": 3,
-    },
-    "06_faults_and_poisoned_updates": {
-        "SIZES": [400, 320, 320, 240, 240, 240],
-        "ROUNDS": 6,
-    },
-    "07_cross_silo_on_your_machines": {"SIZES": [300, 200, 160, 120], "ROUNDS": 2},
-    "08_cross_silo_on_azure_ml": {"SIZES": [300, 200, 160, 120], "ROUNDS": 1},
-    "09_bring_your_own_data": {
-        "SIZES": [300, 200, 160, 120],
-        "ROUNDS": 4,
-        "SEEDS": [0, 1],
-    },
-}
+# A new notebook without an entry is a KeyError, so nobody forgets.
+SMALL = yaml.safe_load((ROOT / "tools" / "small.yaml").read_text())
 
 
 def execute(path, folder, **parameters):
@@ -66,7 +41,7 @@ def checks(path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_with_small_parameters(path, tmp_path):
-    checks(path).small(execute(path, tmp_path, **SMOKE[path.stem]))
+    checks(path).small(execute(path, tmp_path, **SMALL[path.stem]))
 
 
 @pytest.mark.notebooks
@@ -78,7 +53,7 @@ def test_runs_unchanged_on_real_radiographs(path, tmp_path):
     real = {"DATASET": "pneumoniamnist", "DATA_ROOT": str(REAL_FILE)}
     if not real.keys() <= papermill.inspect_notebook(str(path)).keys():
         pytest.skip("this notebook is not about radiographs")
-    results = execute(path, tmp_path, **(SMOKE[path.stem] | real))
+    results = execute(path, tmp_path, **(SMALL[path.stem] | real))
     name = {"01": "centralized", "03": "federated"}.get(path.stem[:2])
     if name:
         assert results[name] > 70  # chance: 50

@@ -117,31 +117,6 @@ def lines(cell):
     return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
-def test_notebook_keeps_its_budget(notebook):
-    code = code_cells(notebook)
-    text = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
-    lengths = [lines(cell) for cell in code]
-    assert 20 <= len(notebook.cells) <= 44
-    assert len(code) <= len(text) + 3
-    assert max(lengths) <= 31 and statistics.median(lengths) <= 12.5, lengths
-    assert sum(lengths) <= 300
-    assert sum(len(cell.source.split()) for cell in text) <= 1700
-    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 88
-
-
-def test_notebook_has_the_parts_of_the_template(notebook):
-    code = code_cells(notebook)
-    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    assert len(re.findall(r"(?m)^# ", text)) == 1
-    for heading in ("## Check", "## What left the silo?", "## Recap"):
-        assert heading in text, heading
-    assert "**Try it.**" in text and "**Next.**" in text
-    assert "| You will | Needs | Time | Data |" in notebook.cells[0].source
-    tags = [tag for cell in code for tag in cell.metadata.get("tags", [])]
-    assert tags.count("parameters") == tags.count("check") == tags.count("results") == 1
-    assert code[-1].metadata.tags == ["results"]
-
-
 def test_notebook_parameters_have_comments(notebook):
     cell = next(
         c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", [])
@@ -150,30 +125,6 @@ def test_notebook_parameters_have_comments(notebook):
     assert 3 <= len(assignments) <= 8
     for line in assignments:
         assert re.match(r"[A-Z_]+ = .+  # .+", line), line
-
-
-def test_notebook_metadata_and_outputs_are_clean(notebook):
-    assert notebook.metadata.kernelspec == {
-        "name": "python3",
-        "display_name": "Python 3",
-        "language": "python",
-    }
-    text = json.dumps(notebook)
-    assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a machine's path"
-    assert len(text) < 600_000
-    for cell in code_cells(notebook):
-        assert cell.execution_count is None
-        assert not re.search(r"(?m)^\s*[!%]|sys\.path|pip install", cell.source)
-        assert not re.search(r"https?://|urllib|requests", cell.source), "network"
-        for output in cell.outputs:
-            assert output.output_type != "error"
-            assert "Warning" not in output.get("text", "")
-            assert output.get("name") != "stderr"
-    assert any(
-        "image/png" in o.get("data", {})
-        for c in code_cells(notebook)
-        for o in c.outputs
-    )
 
 
 def test_readme_lists_every_notebook_as_its_card_says():
@@ -189,7 +140,7 @@ def test_readme_lists_every_notebook_as_its_card_says():
 
 def test_notebooks_take_the_time_on_their_cards():
     rows = read_timings()
-    kinds = "default", "smoke"
+    kinds = "default", "small"
     measured = [(row["notebook"], row["parameters"]) for row in rows]
     assert measured == [(path.stem, kind) for path in NOTEBOOKS for kind in kinds]
     for row in rows:

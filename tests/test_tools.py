@@ -64,7 +64,7 @@ def test_the_table_says_what_was_slower_than_its_card(notebooks, capsys):
 
 def test_timings_fail_above_the_card_and_keep_other_rows(notebooks, capsys):
     assert notebooks.timings(notebooks.select(["01", "02"])) == 1
-    assert "02_hospitals_and_their_data, smoke: 61 s" in capsys.readouterr().out
+    assert "02_hospitals_and_their_data, small: 61 s" in capsys.readouterr().out
     notebooks.execute = lambda *_: 9.0
     assert notebooks.timings(notebooks.select(["02"])) == 0
     rows = notebooks.read_timings()

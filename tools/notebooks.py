@@ -24,12 +24,14 @@ from typing import Any
 import nbformat
 import papermill
 import psutil
+import yaml
 
 from fl_helpers.record import read_recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 RUNS = ROOT / "runs"
+SMALL = ROOT / "tools" / "small.yaml"
 PAGE, TIMINGS = ROOT / "docs/timings.md", ROOT / "docs/results/timings.csv"
 WHERE = "date", "machine", "python", "torch"
 
@@ -200,12 +202,12 @@ def refresh(path: Path, parameters: dict[str, Any]) -> None:
 def timings(paths: list[Path]) -> int:
     """Measure notebooks with default and small parameters, rewrite their rows and the
     page; 1 if one took longer than its card says."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/benchmarks")]
+    sys.path.insert(0, str(ROOT / "tests/benchmarks"))
     from common import cpu_seconds
     from run import circumstances
-    from test_notebooks import SMOKE
 
     where, slow = circumstances(), []
+    small = yaml.safe_load(SMALL.read_text())
     done = {(row["notebook"], row["parameters"]): row for row in read_timings()}
     done = {
         key: row
@@ -213,7 +215,7 @@ def timings(paths: list[Path]) -> int:
         if (NOTEBOOKS / f"{key[0]}.ipynb").exists()
     }
     for path in paths:
-        for kind, parameters in (("default", {}), ("smoke", SMOKE[path.stem])):
+        for kind, parameters in (("default", {}), ("small", small[path.stem])):
             before = sum(psutil.cpu_times()[:3]) - cpu_seconds()
             with peak_memory() as peak:
                 seconds = execute(path, RUNS / path.name, parameters)

@@ -1,4 +1,4 @@
-"""What notebooks/07_cross_silo_on_your_machines.ipynb must find."""
+"""What notebooks/10_on_your_own_machines.ipynb must find."""
 
 
 def small(results):

@@ -1,4 +1,4 @@
-"""What notebooks/05_privacy_attacks_and_defences.ipynb must find."""
+"""What notebooks/06_what_an_update_reveals.ipynb must find."""
 
 
 def small(results):

@@ -1,4 +1,4 @@
-"""What notebooks/09_bring_your_own_data.ipynb must find."""
+"""What notebooks/13_your_images.ipynb must find."""
 
 
 def small(results):

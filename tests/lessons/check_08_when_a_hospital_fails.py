@@ -1,4 +1,4 @@
-"""What notebooks/06_faults_and_poisoned_updates.ipynb must find."""
+"""What notebooks/08_when_a_hospital_fails.ipynb must find."""
 
 
 def small(results):

@@ -1,4 +1,4 @@
-"""What notebooks/08_cross_silo_on_azure_ml.ipynb must find."""
+"""What notebooks/11_on_azure_ml.ipynb must find."""
 
 
 def small(results):
