@@ -40,7 +40,7 @@ ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy a
     "plots.py": {"matplotlib"},
     "privacy.py": {"opacus"},
     "record.py": {"nbformat", "IPython"},
-    "report.py": {"jinja2"},
+    "report.py": {"jinja2", "matplotlib"},
     "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
 }
