@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.sgd import sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,65 +104,6 @@ def train_locally(
     return _finished(silo, model.state_dict(), total_loss.item() / steps, steps, lr)
 
 
-def train_together(
-    model: nn.Module,
-    turns: Sequence[tuple[Mapping[str, Tensor], SiloLike, torch.Generator]],
-    *,
-    epochs: float,
-    lr: float,
-    batch_size: int,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
-    loss_fn: Loss = F.cross_entropy,
-) -> list[Update]:
-    """`train_locally` of many silos in one batched graph: faster for small models.
-
-    A step of a small model is mostly Python; `torch.func.vmap` takes it for all silos
-    at once, on the CPU; convolutions gain little. The draws and the updates are those
-    of `train_locally`, equal up to rounding.
-    model: lends its layers; its own parameters are not used.
-    turns: (params to start from, not modified; silo; its rng) of each silo.
-    epochs, lr, batch_size, momentum, weight_decay, loss_fn: as in `train_locally`.
-
-    Raises as `train_locally`, and ValueError for a silo with fewer than batch_size
-    examples and for a model with buffers (BatchNorm), dropout or frozen parameters.
-    """
-    params, silos, rngs = zip(*turns, strict=True)
-    for silo in silos:
-        _check_inputs(silo.name, *silo.train, epochs, lr, batch_size)
-    _check_together(model, silos, batch_size)
-    steps, batches = [], []
-    for silo, rng in zip(silos, rngs, strict=True):
-        n = len(silo.train[0])
-        steps.append(num_steps(n, epochs=epochs, batch_size=batch_size))
-        batches.append(list(_batches(n, batch_size, steps[-1], rng, CPU)))
-    order = sorted(range(len(silos)), key=lambda k: -steps[k])  # first done, last
-    weights = {k: torch.stack([params[i][k] for i in order]) for k in params[0]}
-    velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
-    total_loss = torch.zeros(len(silos))
-
-    def loss_of(own: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(functional_call(model, own, (x,)), y)
-
-    model.train()
-    for step in range(max(steps)):
-        active = [k for k in order if step < steps[k]]
-        now = {name: w[: len(active)] for name, w in weights.items()}  # views
-        x = torch.stack([silos[k].train[0][batches[k][step]] for k in active])
-        y = torch.stack([silos[k].train[1][batches[k][step]] for k in active])
-        gradients, losses = vmap(grad_and_value(loss_of))(now, x, y)
-        total_loss[: len(active)] += losses
-        for name, gradient in gradients.items():  # as torch.optim.SGD
-            gradient.add_(now[name], alpha=weight_decay)
-            step_of = velocity[name][: len(active)].mul_(momentum).add_(gradient)
-            now[name].sub_(step_of, alpha=lr)
-    updates = {}
-    for row, k in enumerate(order):
-        own, loss = {name: w[row] for name, w in weights.items()}, total_loss[row]
-        updates[k] = _finished(silos[k], own, loss.item() / steps[k], steps[k], lr)
-    return [updates[k] for k in range(len(silos))]
-
-
 class ProximalTerm:
     """FedProx: holds local training near where it started (Li et al. 2020, eq. 2).
 
@@ -192,14 +132,12 @@ class ClientFunctions:
 
     update(params, silo, round_index=, rng=): local training, returns an `Update`.
     evaluate(params, silo): metrics of a model on the silo's test set.
-    together([(params, silo, rng), ...], round_index=): the updates of many silos.
     draws_only_from_rng: whether update and evaluate draw random numbers from rng alone,
         as `train_locally` does; then silos can train in threads.
     """
 
     update: Callable[..., Update]
     evaluate: Callable[[Mapping[str, Tensor], Any], dict[str, float]] | None = None
-    together: Callable[..., list[Update]] | None = None
     draws_only_from_rng: bool = False
 
 
@@ -212,7 +150,6 @@ def sgd_client(
     proximal_mu: float = 0.0,
     loss_fn: Loss = F.cross_entropy,
     metrics: Collection[str] | None = None,
-    together: bool = False,
 ) -> ClientFunctions:
     """Make the usual client: load the params, `train_locally`; load them, `evaluate`.
 
@@ -225,13 +162,9 @@ def sgd_client(
     proximal_mu: weight of FedProx's term; 0 is plain SGD.
     loss_fn: as in `train_locally`, for the test too.
     metrics: names of what the test keeps of `evaluate`; None is all.
-    together: whether rounds are trained by `train_together`, if nothing forbids it;
-        equal up to rounding.
     """
     with torch.random.fork_rng(devices=()):
         template = make_model()
-    if together and (proximal_mu or callable(epochs)):
-        raise ValueError("together needs proximal_mu=0 and epochs that are a number")
     ProximalTerm(template, proximal_mu)  # raises now for what it would raise later
     how = {"batch_size": batch_size, "loss_fn": loss_fn}
 
@@ -240,9 +173,6 @@ def sgd_client(
         names = model.state_dict().keys()
         model.load_state_dict({k: v for k, v in params.items() if k in names})
         return model
-
-    def rate(round_index: int) -> float:
-        return lr(round_index) if callable(lr) else lr
 
     def update(
         params: Mapping[str, Tensor],
@@ -256,7 +186,7 @@ def sgd_client(
             model,
             silo,
             epochs=epochs(silo) if callable(epochs) else epochs,
-            lr=rate(round_index),
+            lr=lr(round_index) if callable(lr) else lr,
             rng=rng,
             adjust_gradients=ProximalTerm(model, proximal_mu) if proximal_mu else None,
             **how,
@@ -266,11 +196,7 @@ def sgd_client(
         scores = evaluate(load(params), silo.test, loss_fn=loss_fn)
         return scores if metrics is None else {name: scores[name] for name in metrics}
 
-    def all_at_once(turns: Sequence[Any], *, round_index: int) -> list[Update]:
-        settings = {"epochs": epochs, "lr": rate(round_index), **how}
-        return train_together(template, turns, **settings)
-
-    return ClientFunctions(update, test, all_at_once if together else None, True)
+    return ClientFunctions(update, test, draws_only_from_rng=True)
 
 
 def num_steps(num_examples: int, *, epochs: float, batch_size: int) -> int:
@@ -546,21 +472,3 @@ def _check_inputs(
     for label, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
         if not value > 0:
             raise ValueError(f"{label} must be > 0, got {value} (silo {name!r})")
-
-
-def _check_together(
-    model: nn.Module, silos: Sequence[SiloLike], batch_size: int
-) -> None:
-    frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
-    buffers = [name for name, _ in model.named_buffers()]
-    if frozen or buffers or _draws(model):
-        raise ValueError(
-            f"silos with this model cannot be trained together: frozen {frozen[:3]}, "
-            f"buffers {buffers[:3]}, draws numbers: {_draws(model)}; use train_locally"
-        )
-    for silo in silos:
-        if len(silo.train[0]) < batch_size:
-            raise ValueError(
-                f"silo {silo.name!r} has {len(silo.train[0])} examples, batch_size is "
-                f"{batch_size}; use a smaller batch_size, or train_locally"
-            )

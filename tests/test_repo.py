@@ -2,10 +2,8 @@
 
 import ast
 import csv
-import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import textwrap

@@ -21,7 +21,6 @@ from fl_helpers.training import (
     num_steps,
     reestimate_statistics,
     train_locally,
-    train_together,
 )
 
 
@@ -458,59 +457,3 @@ def test_reestimating_changes_buffers_of_batchnorm_only(silos):
     assert not model.training
     with pytest.raises(ValueError, match="at least 2 inputs"):
         reestimate_statistics(model, silos[0].train[0][:1])
-
-
-def unequal_silos(sizes=(40, 13, 8, 31)):
-    draws = torch.Generator().manual_seed(1)
-    x = [torch.randn(n, 6, generator=draws) for n in sizes]
-    labels = [torch.arange(n) % 2 for n in sizes]
-    return [
-        SimpleNamespace(name=f"s{k}", train=part)
-        for k, part in enumerate(zip(x, labels, strict=True))
-    ]
-
-
-def small_mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-@pytest.mark.parametrize("epochs", [0.5, 2.5])  # 5, 2, 2, 4 and 12, 2, 2, 8 steps
-def test_silos_trained_together_are_as_if_each_trained_alone(epochs):
-    silos, how = unequal_silos(), dict(epochs=epochs, lr=0.1, batch_size=8)
-    models = [small_mlp() for _ in silos]
-    for k, model in enumerate(models):  # silos need not start from the same point
-        nn.init.constant_(model[2].bias, 0.1 * k)
-    starts = [copy.deepcopy(model.state_dict()) for model in models]
-    turns = list(zip(starts, silos, map(rng, range(4)), strict=True))
-    found = train_together(small_mlp(), turns, **how)
-    for k, (model, silo, update) in enumerate(zip(models, silos, found, strict=True)):
-        assert all(v.equal(starts[k][n]) for n, v in model.state_dict().items())
-        alone = train_locally(model, silo, rng=rng(k), **how)
-        assert (update.silo, update.num_examples) == (silo.name, alone.num_examples)
-        assert update.metrics == pytest.approx(alone.metrics, rel=1e-5)
-        for name, value in alone.params.items():
-            torch.testing.assert_close(update.params[name], value)
-
-
-def test_what_cannot_be_trained_together_is_refused():
-    silos = unequal_silos()
-
-    def together(model, batch_size=8, lr=0.1):
-        turns = [(model.state_dict(), silo, rng()) for silo in silos]
-        how = dict(epochs=1, batch_size=batch_size, lr=lr)
-        return train_together(model, turns, **how)
-
-    with pytest.raises(ValueError, match="silo 's2' has 8 examples, batch_size is 9"):
-        together(small_mlp(), batch_size=9)
-    with pytest.raises(ValueError, match="buffers .*running_mean"):
-        together(nn.Sequential(nn.BatchNorm1d(6), small_mlp()))
-    with pytest.raises(ValueError, match="draws numbers: True"):
-        together(nn.Sequential(nn.Dropout(), small_mlp()))
-    frozen = small_mlp()
-    frozen[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen .*0.weight"):
-        together(frozen)
-    silos[1].train[0][0] = float("nan")
-    with pytest.raises(FloatingPointError, match="diverged in silo 's1'"):
-        together(small_mlp())
