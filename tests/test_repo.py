@@ -15,10 +15,9 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from notebooks import card, read_timings, timings_table
 
-from notebooks import card, read_timings, timings_table  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 EXAMPLE = ROOT / "fl_helpers" / "hospital.py"  # to adapt: it puts the helpers together
 HELPERS = sorted({*(ROOT / "fl_helpers").glob("[a-z]*.py")} - {EXAMPLE})

@@ -18,6 +18,7 @@ from fl_helpers.training import (
     classification_metrics,
     cosine_lr,
     evaluate,
+    norm_entries,
     num_steps,
     reestimate_statistics,
     train_locally,
@@ -457,3 +458,14 @@ def test_reestimating_changes_buffers_of_batchnorm_only(silos):
     assert not model.training
     with pytest.raises(ValueError, match="at least 2 inputs"):
         reestimate_statistics(model, silos[0].train[0][:1])
+
+
+def test_norm_entries_finds_every_kind():
+    model = torch.nn.Sequential(
+        torch.nn.GroupNorm(1, 4),
+        torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)),
+        torch.nn.InstanceNorm1d(4, affine=True),
+    )
+    names = {"0.weight", "0.bias", "1.0.weight", "1.0.bias", "2.weight", "2.bias"}
+    assert set(norm_entries(model)) == names
+    assert norm_entries(torch.nn.Linear(2, 2)) == []
