@@ -30,7 +30,14 @@ from fl_helpers.simulation import (
     silo_rng,
     state_bytes,
 )
-from fl_helpers.training import ProximalTerm, evaluate, norm_entries, train_locally
+from fl_helpers.training import (
+    PlainSGD,
+    ProximalTerm,
+    Step,
+    evaluate,
+    norm_entries,
+    train_locally,
+)
 
 
 def client(make_model, **options):
@@ -65,7 +72,7 @@ def assert_equal(a, b):
 
 def test_one_silo_is_centralized_training_bit_for_bit(silos):
     silo = silos[0]
-    plain = dict(momentum=0, weight_decay=0)
+    plain = dict(step=Step(PlainSGD(0, 0)))
     history = play(
         start(batchnorm_model),
         [silo],
@@ -95,7 +102,7 @@ def test_equal_silos_with_one_full_batch_step_are_a_pooled_step(silos):
             f"s{k}",
             (x[k * 10 : k * 10 + 10], y[k * 10 : k * 10 + 10]),
         )
-    step = client(linear_model, batch_size=40, momentum=0, weight_decay=0)
+    step = client(linear_model, batch_size=40, step=Step(PlainSGD(0, 0)))
     history = play(
         start(linear_model),
         parts,

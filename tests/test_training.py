@@ -14,7 +14,9 @@ from torchvision.ops import StochasticDepth
 
 from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.training import (
+    PlainSGD,
     ProximalTerm,
+    Step,
     classification_metrics,
     cosine_lr,
     evaluate,
@@ -41,7 +43,7 @@ def test_one_step_is_plain_gradient_descent():
     silo = SimpleNamespace(
         name="a", train=(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
     )
-    options = dict(lr=0.01, momentum=0, weight_decay=0)
+    options = dict(lr=0.01, step=Step(PlainSGD(0, 0)))
     update = train(model, silo, loss_fn=nn.functional.mse_loss, **options)
     assert update.params["weight"].item() == pytest.approx(3 - 0.01 * 20)
     assert update.metrics == {"train_loss": 25.0, "steps": 1.0}
@@ -52,7 +54,7 @@ def test_equals_a_hand_written_loop_bit_for_bit(silos):
     torch.manual_seed(0)
     mine = batchnorm_model()
     theirs = copy.deepcopy(mine)
-    update = train(mine, silos[0], epochs=2, momentum=0.9, weight_decay=1e-4)
+    update = train(mine, silos[0], epochs=2, step=Step(PlainSGD(0.9, 1e-4)))
     optimizer = torch.optim.SGD(
         theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-4
     )
@@ -81,7 +83,7 @@ def test_proximal_term_is_the_gradient_of_its_penalty(silos):
     mine, start = linear_model(), None
     start = copy.deepcopy(mine)
     theirs = copy.deepcopy(mine)
-    options = dict(momentum=0, weight_decay=0, batch_size=20, epochs=1, lr=0.1)
+    options = dict(step=Step(PlainSGD(0, 0)), batch_size=20, epochs=1, lr=0.1)
     near = ProximalTerm(mine, 0.7)
     update = train(mine, silos[0], adjust_gradients=near, **options)
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
@@ -162,10 +164,9 @@ def test_metrics_equal_scikit_learn(num_classes):
     rng_ = np.random.default_rng(0)
     y = rng_.integers(num_classes, size=300)
     scores = rng_.normal(size=(300, num_classes)) + 1.5 * np.eye(num_classes)[y]
-    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    p = p.round(1) + 1e-3  # many ties
-    p /= p.sum(1, keepdims=True)
-    got = classification_metrics(torch.tensor(p), torch.tensor(y))
+    logits = torch.tensor(scores).round()  # many ties
+    p = logits.softmax(1).numpy()
+    got = classification_metrics(logits, torch.tensor(y))
     said = p.argmax(1)
     auroc = (
         sk.roc_auc_score(y, p[:, 1])
@@ -186,7 +187,7 @@ def test_metrics_equal_scikit_learn(num_classes):
 
 def test_an_absent_class_is_not_counted():
     p = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
-    got = classification_metrics(p, torch.tensor([0, 1, 1]))  # class 2 absent
+    got = classification_metrics(p.log(), torch.tensor([0, 1, 1]))  # class 2 absent
     assert np.isnan(got["sensitivity_2"])
     assert got["balanced_accuracy"] == pytest.approx(0.75)  # (1/1 + 1/2) / 2
 
@@ -225,7 +226,7 @@ def test_momentum_and_weight_decay_by_hand():
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 3.0)
     data = torch.tensor([[2.0]]), torch.tensor([[1.0]])
-    options = dict(loss_fn=nn.functional.mse_loss, momentum=0.5, weight_decay=0.1)
+    options = dict(loss_fn=nn.functional.mse_loss, step=Step(PlainSGD(0.5, 0.1)))
     silo = SimpleNamespace(name="a", train=data)
     update = train(model, silo, lr=0.01, epochs=2, **options)
     expected = 2.797 - 0.01 * (0.5 * 20.3 + 18.6557)
@@ -299,7 +300,7 @@ def test_the_same_loss_function_serves_training_and_evaluation(silos):
 
 def test_a_class_that_is_alone_has_no_auroc_and_no_specificity():
     got = classification_metrics(
-        torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.zeros(2).long()
+        torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log(), torch.zeros(2).long()
     )
     assert got["sensitivity_0"] == got["balanced_accuracy"] == got["accuracy"] == 0.5
     assert got["specificity_1"] == 0.5  # one of two negatives of class 1 is called so
