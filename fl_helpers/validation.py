@@ -98,7 +98,7 @@ class Estimate(NamedTuple):
 
 
 def auroc(score: np.ndarray, y: np.ndarray) -> Estimate:
-    """AUROC of one silo's patients, with DeLong's standard error (DeLong et al. 1988)."""
+    """AUROC of one silo's patients, with the standard error of DeLong et al. (1988)."""
     wins = _placements(score, y)
     return Estimate(float(wins[0].mean()), _spread(wins) ** 0.5)
 

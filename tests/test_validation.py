@@ -125,9 +125,11 @@ def test_brier_precision_and_calibration_are_those_of_scikit_learn(silos, pooled
 def test_small_bins_do_not_leave(silos):
     with pytest.raises(TooFew, match="silo 'A': a bin of scores has fewer than 10"):
         ask_silos(silos)(silo_score_counts, bins=50)
-    counts = silo_score_counts(silos["A"], bins=3)
-    assert counts["ill"].sum() + counts["healthy"].sum() == 400
-    assert min(counts["ill"].min(), counts["healthy"].min()) >= 10
+    score, y = np.repeat([0.2, 0.8, 0.2, 0.8], 10), np.repeat([True, False], 20)
+    data = Scored(score, y, np.zeros(40, dtype=int))
+    assert silo_score_counts(data, bins=2)["ill"].tolist() == [10, 10]
+    with pytest.raises(TooFew):
+        silo_score_counts(data._replace(score=np.append(score[:-1], 0.2)), bins=2)
 
 
 def test_net_benefit_by_hand():
