@@ -40,9 +40,12 @@ ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy a
     "plots.py": {"matplotlib"},
     "privacy.py": {"opacus"},
     "record.py": {"nbformat", "IPython"},
+    "regression.py": {"scipy"},
     "report.py": {"jinja2"},
     "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
+    "survival.py": {"scipy"},
+    "validation.py": {"scipy"},
 }
 
 
