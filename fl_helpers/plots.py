@@ -13,6 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+APPROACH_COLORS = {  # the same colour for the same approach in every figure
+    "local": "#0072B2",
+    "federated": "#E69F00",
+    "centralized": "#009E73",
+    "ensemble": "#CC79A7",
+}
 STYLE = {
     "figure.figsize": (6, 3.5),
     "figure.dpi": 100,
@@ -157,16 +163,18 @@ def plot_comparison(
     names = list(next(iter(results.values())))
     fig, axis = plt.subplots(figsize=(6.5, 1.2 + 0.62 * len(names)))
     offsets = np.linspace(-0.24, 0.24, len(results))
+    spare = [c for c in COLORS if c not in {APPROACH_COLORS.get(a) for a in results}]
     for k, (approach, silos) in enumerate(results.items()):
+        color = APPROACH_COLORS.get(approach) or spare.pop(0)
         for i, name in enumerate(names):
             y, values = i + offsets[k], np.asarray(silos[name])
             label = approach if i == 0 else None
-            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=COLORS[k])
+            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=color)
             axis.plot(
                 [values.mean()] * 2,
                 [y - 0.1, y + 0.1],
                 lw=3,
-                color=COLORS[k],
+                color=color,
                 label=label,
             )
         if i % 2 == 0:
