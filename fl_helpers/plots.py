@@ -130,24 +130,28 @@ def plot_rounds(
     *,
     references: Mapping[str, float] | None = None,
     ylabel: str = "balanced accuracy (%)",
-    ylim: tuple[float, float] = (0, 100),
+    ylim: tuple[float, float] | None = (0, 100),
 ) -> Figure:
     """Draw a metric in percent over rounds: thin per silo, thick mean, dashed levels.
 
-    per_silo: {silo name: one value per round}; references: {label: level}.
+    per_silo: {silo name: one value per round}; references: {approach: level}, named at
+    the right edge, and then the silos are grey. ylim: None zooms in on the values.
     """
     fig, axis = plt.subplots()
     curves = np.array(list(per_silo.values()))  # [silos, rounds]
     rounds = np.arange(1, curves.shape[1] + 1)
     for name, curve in zip(per_silo, curves, strict=True):
-        axis.plot(rounds, curve, lw=1, alpha=0.8, label=name)
-    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color="black", label="mean")
-    for (label, level), style in zip(
-        (references or {}).items(), ("--", ":", "-."), strict=False
-    ):
-        axis.axhline(level, ls=style, color="0.35", lw=1.5, label=label)
+        look = {"color": "0.75"} if references else {"label": name, "alpha": 0.8}
+        axis.plot(rounds, curve, lw=1, **look)
+    color = APPROACH_COLORS["federated"] if references else "black"
+    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color=color, label="mean")
+    for label, level in (references or {}).items():
+        color, edge = APPROACH_COLORS.get(label, "0.35"), axis.get_yaxis_transform()
+        axis.axhline(level, ls="--", color=color, lw=1.5, label=label)
+        axis.text(1.01, level, label, color=color, va="center", transform=edge)
     axis.set(xlabel="communication round", ylabel=ylabel, ylim=ylim)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if not references:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
