@@ -7,6 +7,7 @@ model of your own before you federate it. Copy this file on its own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -92,6 +93,19 @@ def torchvision_model(
     if in_channels != 3:
         _replace_stem(model, in_channels)
     return model
+
+
+def smooth_cnn(num_classes: int, *, size: int = 32) -> nn.Module:
+    """Three convolutions with Tanh, no pooling and no normalisation: the kind of model
+    from whose gradients images are rebuilt best (`attacks.invert_gradient`).
+
+    Input [N, 1, size, size]; output logits [N, num_classes].
+    """
+    layers: list[nn.Module] = []
+    for channels, stride in ((1, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(channels, 12, 5, stride=stride, padding=2), nn.Tanh()]
+    head = nn.Linear(12 * math.ceil(size / 4) ** 2, num_classes)
+    return nn.Sequential(*layers, nn.Flatten(), head)
 
 
 def check_model(

@@ -217,3 +217,25 @@ def plot_timeline(
     axis.set(xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+
+def plot_victims(
+    gains: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str = "SSIM of the attack less SSIM of the public mean",
+) -> Figure:
+    """Draw a dot per victim, and count those above 0: averages hide who was hurt.
+
+    gains: {row: one number per victim}, above 0 where an attack knew something.
+    """
+    fig, axis = plt.subplots(figsize=(7, 1 + 0.3 * len(gains)))
+    edge = axis.get_yaxis_transform()  # x in shares of the axis, y in rows
+    for row, values in enumerate(map(np.asarray, gains.values())):
+        colors = np.where(values > 0, COLORS[5], COLORS[6])
+        axis.scatter(values, [row] * len(values), s=28, alpha=0.8, c=colors)
+        found = f"{(values > 0).sum()} of {len(values)}"
+        axis.text(1.02, row, found, va="center", transform=edge)
+    axis.axvline(0, color="0.4", ls="--")
+    axis.set_yticks(range(len(gains)), list(gains))
+    axis.set(xlabel=xlabel, ylim=(len(gains) - 0.5, -0.5))
+    return fig

@@ -376,3 +376,31 @@ def _check(model: nn.Module, silo: Any, delta: float) -> None:
             "Use GroupNorm, as small_cnn(norm='group') does, or opacus.validators."
             "ModuleValidator.fix(model), and set dropout to 0"
         )
+
+
+def belief_after(prior: float, epsilon: float) -> float:
+    """The most that anybody may believe that a patient took part, after seeing all.
+
+    prior: what they believed before, 0 to 1. By Bayes' rule the odds prior / (1 -
+    prior) grow at most by exp(epsilon); the chance delta that this fails is left out.
+    """
+    if not (0 <= prior <= 1 and epsilon >= 0):
+        raise ValueError(
+            f"need a prior from 0 to 1 and epsilon >= 0, got {prior} and {epsilon}"
+        )
+    return 0.0 if prior == 0 else prior / (prior + (1 - prior) * math.exp(-epsilon))
+
+
+def most_found(budget: Budget, *, false_alarms: float = 0.01) -> float:
+    """The largest share of patients that any test can find, whatever it looks at.
+
+    false_alarms: share of the strangers that the test takes for patients, 0 to 1.
+    Compare with `tpr` of `attacks.membership_success`, which is what one attack did
+    find. (Kairouz et al. 2015, theorem 2.1: all tests under (epsilon, delta).)
+    """
+    if not 0 <= false_alarms <= 1:
+        raise ValueError(f"false_alarms must be 0 to 1, got {false_alarms}")
+    shrink = math.exp(-budget.epsilon)
+    by_factor = false_alarms / shrink if shrink else math.inf
+    rest = max(0.0, 1 - false_alarms - budget.delta)
+    return min(1.0, by_factor + budget.delta, 1 - shrink * rest)

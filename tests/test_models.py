@@ -7,6 +7,7 @@ from fl_helpers.models import (
     check_model,
     mlp,
     small_cnn,
+    smooth_cnn,
     torchvision_model,
 )
 
@@ -150,3 +151,11 @@ def test_check_finds_a_model_that_mixes_examples():
             return z - z.mean(0)
 
     assert found(check_model(Mixing, examples()))["one"][1] is False
+
+
+@pytest.mark.parametrize("size", [28, 30, 32])
+def test_smooth_cnn_takes_its_size_and_has_neither_kinks_nor_pooling(size):
+    model = smooth_cnn(3, size=size)
+    assert model(torch.zeros(2, 1, size, size)).shape == (2, 3)
+    kinds = {type(module) for module in model}
+    assert kinds == {nn.Conv2d, nn.Tanh, nn.Flatten, nn.Linear}
