@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -117,6 +118,28 @@ def test_recorded_results_come_back_in_order(tmp_path):
     cells = [cell(z=1.5, a="x"), nbformat.v4.new_markdown_cell("text"), cell(a="y")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     assert list(read_recorded(path).items()) == [("z", 1.5), ("a", "y")]
+
+
+def test_a_bar_is_dropped_and_what_was_printed_beside_it_stays(notebooks):
+    """As tqdm writes it: a carriage return before each state, spaces to clear one."""
+    bar = (
+        "\r  0%|          | 0/2 [00:00<?, ?round/s]\r 50%|#####     | 1/2 [00:01<00:01]"
+    )
+    kept = {
+        bar + "\n": "",
+        bar + "\r" + 40 * " " + "\r": "",
+        bar + "\nno quorum: 3 of 4\n": "no quorum: 3 of 4\n",
+        "first\n" + bar + "\n\nsecond\r\n": "first\n\nsecond\n",
+        bar + "\r" + 40 * " " + "\rkilled\n": "killed\n",
+        "50 %|a share, no bar\n": "50 %|a share, no bar\n",
+    }
+    for text, left in kept.items():
+        assert notebooks.without_bars(text) == left, repr(text)
+    stream = partial(nbformat.v4.new_output, "stream", name="stdout")
+    shown = nbformat.v4.new_output("display_data", {"text/plain": "x"})
+    outputs = [stream(text=bar), stream(text=bar + "\nkilled\n"), shown]
+    left = notebooks.without_progress(outputs)
+    assert [output.get("text") for output in left] == ["killed\n", None]
 
 
 def bars(axis):

@@ -41,6 +41,7 @@ PARTS = {  # the first notebook of each part, and its title
     "real": ("10", "Run for real"),
     "data": ("13", "Your data"),
 }
+BAR = re.compile(r"\d+%\|")  # tqdm's: "rounds:  25%|##5   | 2/8 [00:01<00:03]"
 
 
 def main() -> int:
@@ -196,9 +197,7 @@ def refresh(path: Path, parameters: dict[str, Any]) -> None:
     ]
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [
-                output for output in cell.outputs if not is_progress(output)
-            ]
+            cell.outputs = without_progress(cell.outputs)
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02d}"  # stable, so that diffs stay small
     nbformat.write(notebook, path)
@@ -305,10 +304,23 @@ def timings_table(rows: list[dict[str, str]]) -> str:
     return text
 
 
-def is_progress(output: Any) -> bool:
-    """Whether an output is only what a progress bar leaves behind."""
-    text = output.get("text", "")
-    return output.output_type == "stream" and ("\r" in text or not text.strip())
+def without_progress(outputs: list[Any]) -> list[Any]:
+    """The outputs without what progress bars leave behind; printed lines stay."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream":
+            output.text = without_bars(output.text)
+            if not output.text.strip():
+                continue
+        kept.append(output)
+    return kept
+
+
+def without_bars(text: str) -> str:
+    """Printed text without bars: a bar draws itself anew after each carriage return."""
+    parts = text.replace("\r\n", "\n").splitlines(keepends=True)  # at \r, too
+    said = (p for p in parts if not BAR.search(p) and (p.strip() or "\r" not in p))
+    return "".join(part.replace("\r", "") for part in said)
 
 
 if __name__ == "__main__":
