@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from test_notebooks import NOTEBOOKS, ROOT, SMOKE
+from test_notebooks import NOTEBOOKS, ROOT, SMALL
 
 from fl_helpers.report import write_report
 
@@ -247,7 +247,7 @@ def copy_notebooks(folder):
             if cell.cell_type == "code":
                 cell.outputs = []
             if "parameters" in cell.metadata.get("tags", []):
-                cell.source = with_parameters(cell.source, SMOKE[path.stem])
+                cell.source = with_parameters(cell.source, SMALL[path.stem])
         nbformat.write(notebook, copy / path.name)
     return copy
 

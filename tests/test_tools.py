@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import numpy as np
+import papermill
 import pytest
 
 from fl_helpers import plots
@@ -59,7 +60,34 @@ def notebooks(monkeypatch, tmp_path):
 
 def test_the_table_says_what_was_slower_than_its_card(notebooks, capsys):
     assert notebooks.run(notebooks.select(["01"]), {}) == 0  # slow is no error
-    assert "61       1 min, slower  accuracy 90" in capsys.readouterr().out
+    assert " 61  1 min, slower  accuracy 90" in capsys.readouterr().out
+
+
+def test_a_row_is_printed_when_its_notebook_is_done(notebooks, capsys):
+    printed = []
+    notebooks.execute = lambda *_: printed.append(capsys.readouterr().out) or 9.0
+    assert notebooks.run(notebooks.select(["01", "10"]), {}) == 0
+    assert "Learn" in printed[0] and "01_centralized_baseline" not in printed[0]
+    assert "01_centralized_baseline" in printed[1] and "Run for real" in printed[1]
+
+
+def test_a_notebook_that_fails_has_a_row_and_others_go_on(notebooks, capsys):
+    def execute(path, *_):
+        if path.name.startswith("01"):
+            raise papermill.PapermillExecutionError(0, 3, "", "ValueError", "no", [])
+        return 9.0
+
+    notebooks.execute = execute
+    assert notebooks.run(notebooks.select(["01", "02"]), {}) == 1
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "failed" in first and "cell 3: ValueError: no" in first
+    assert "02_hospitals_and_their_data" in second and " 9 " in second
+
+
+def test_each_notebook_belongs_to_one_part(notebooks):
+    found = {part: notebooks.select([], part) for part in notebooks.PARTS}
+    assert sum(found.values(), []) == notebooks.select([])
+    assert [path.name[:2] for path in found["learn"]] == ["01", "02", "03", "04", "05"]
 
 
 def test_timings_fail_above_the_card_and_keep_other_rows(notebooks, capsys):
