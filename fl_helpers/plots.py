@@ -193,28 +193,35 @@ def plot_timeline(
     spans: Iterable[tuple[str, float, float, str]],
     *,
     marks: Mapping[float, str] | None = None,
+    steps: str = "",
+    title: str = "",
     xlabel: str = "seconds",
 ) -> Figure:
     """Draw who did what when: one line per name, a bar from start to end per span.
 
-    spans: (name, start, end, kind), a colour per kind, lines in sorted order; marks:
-    {time: text}, vertical lines with a text above.
+    spans: (name, start, end, kind), kind "update", "refused" or "missing", lines in
+    sorted order. marks: {time: text}, vertical lines with a text below the bars. steps:
+    what begins at each start, such as "round": counted from 1 on the upper edge.
     """
     spans, marks = list(spans), marks or {}
     names = sorted({name for name, *_ in spans})
-    kinds = list(dict.fromkeys(kind for *_, kind in spans))
-    fig, axis = plt.subplots(figsize=(7.5, 1.3 + 0.38 * len(names)))
-    for color, kind in zip(COLORS, kinds, strict=False):
-        label = kind  # of its first bar only
+    fig, axis = plt.subplots(figsize=(7.5, 1.7 + 0.38 * len(names)))
+    for kind, number in {"update": 0, "refused": 5, "missing": 6}.items():
+        color, label = COLORS[number], kind  # the label is of its first bar only
         for name, start, end, _ in (span for span in spans if span[3] == kind):
             y = names.index(name)
             axis.barh(y, end - start, 0.62, start, color=color, ec="w", label=label)
             label = None
     for time, text in marks.items():
-        axis.axvline(time, color="0.35", lw=1, ls=":")
-        axis.text(time, -0.65, f" {text}", fontsize=9)
+        axis.axvline(time, color="0.2", lw=1.2, ls=":")
+        axis.text(time, len(names) - 0.15, f" {text}", va="bottom", fontsize=9)
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
+    below = len(names) - (0.1 if marks else 0.4)
+    axis.set(xlabel=xlabel, ylim=(below, -0.6), title=title)
+    if steps:
+        starts = sorted({start for _, start, *_ in spans})
+        upper = axis.secondary_xaxis("top", xlabel=steps)
+        upper.set_xticks(starts, range(1, len(starts) + 1), ha="left")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 

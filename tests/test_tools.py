@@ -179,6 +179,18 @@ def test_curves_and_comparison_draw_what_they_are_given():
     assert list(figure.axes[0].lines[1].get_xdata()) == [2, 2]  # mean of 1 and 3
 
 
+def test_time_line_counts_rounds_and_colours_by_outcome():
+    spans = [("b", 0, 2, "refused"), ("a", 0, 1, "update"), ("a", 2, 5, "update")]
+    figure = plots.plot_timeline(spans, marks={2.5: "killed"}, steps="round")
+    axis = figure.axes[0]
+    drawn = [(bar.get_x(), bar.get_width()) for bar in axis.patches]
+    assert drawn == [(0, 1), (2, 3), (0, 2)]  # updates first, then what was refused
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["update", "refused"]
+    assert [t.get_text() for t in axis.child_axes[0].get_xticklabels()] == ["1", "2"]
+    assert [text.get_text() for text in axis.texts] == [" killed"]
+
+
 def test_images_are_drawn_row_by_row():
     figure = plots.show_images(
         {"A": np.zeros((2, 4, 4)), "B": np.zeros((3, 4, 4))}, "xyz"

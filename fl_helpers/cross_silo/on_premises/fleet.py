@@ -183,6 +183,15 @@ class Fleet:
         path = self.kits / site.site_name(silo) / "ledger.jsonl"
         return exchange.read_ledger(path)[0]
 
+    def kill_worker(self, silo: str) -> None:
+        """Kill the process that trains at a silo, at once, for a drill."""
+        kit = str(self.kits / site.site_name(silo))
+        for process in self.own_processes():
+            with contextlib.suppress(psutil.Error):  # it ended with one killed before
+                line = " ".join(process.cmdline())
+                if kit in line and "worker_process" in line:
+                    process.kill()
+
     def sweep(self) -> None:
         """Kill whatever carries this fleet's mark."""
         found = self.own_processes()
