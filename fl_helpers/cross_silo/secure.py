@@ -78,7 +78,8 @@ class Question:
         """From JSON that is not trusted; raises Denied for what is no question."""
         try:
             found = json.loads(content)
-            asked = cls(**{**found, "silos": tuple(found["silos"])})
+            names = found["silos"] if type(found["silos"]) is list else [None]
+            asked = cls(**{**found, "silos": tuple(names)})
         except (ValueError, TypeError, KeyError) as error:
             raise Denied(f"this is no question: {error}") from None
         texts = (asked.run, asked.kind, asked.model, *asked.silos)
