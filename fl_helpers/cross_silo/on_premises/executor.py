@@ -61,8 +61,12 @@ class SiteExecutor(Executor):
             self.job = self.job or read_job(fl_ctx)
             site = read_site(kit)
             self.client = self.client or turn.load_client(
-                site.client, site.data, self.job.run.settings, silo=site.silo
-            )
+                site.client, site.data, self.job.run.settings, silo=site.silo,
+                place=turn.Place(
+                    kit / "privacy", f"{self.job.run.name} {self.job.id}",
+                    site.epsilon, site.delta,
+                ),
+            )  # fmt: skip
             if self.job.run.secure:
                 self.sums = self.sums or SecureSite(self.job, kit, self.client)
                 answer = self.sums.answer(task_name, shareable, self._answer)

@@ -27,7 +27,8 @@ class Site:
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
-    worker that died is started again within a run.
+    worker that died is started again within a run. epsilon, delta: its privacy budget,
+    for a client function that trains with one; no run can change it.
     """
 
     silo: str
@@ -35,6 +36,8 @@ class Site:
     data: str
     client: str
     relaunches: int = 2
+    epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def name(self) -> str:
