@@ -111,8 +111,8 @@ class RoundController(Controller):
                 record.event("stopped", round=state.rounds_done - 1)
                 break
         done = state.rounds_done
-        if run.evaluate:
-            self._tested(done, self._ask("evaluate", done, self._present(done)), state)
+        if run.evaluate and (sites := self._present(done)):
+            self._tested(done, self._ask("evaluate", done, sites), state)
         record.publish(done, self.download)
         record.event("done", rounds=done)
 

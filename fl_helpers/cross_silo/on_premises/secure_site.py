@@ -21,10 +21,24 @@ from fl_helpers.cross_silo.fixed_point import Plain, encode
 from fl_helpers.cross_silo.on_premises.gate import Spoken, Unreleased
 from fl_helpers.cross_silo.on_premises.job import Job
 from fl_helpers.cross_silo.on_premises.site import read_site
-from fl_helpers.cross_silo.secure import Denied, Member, Question, read_identity
+from fl_helpers.cross_silo.secure import (
+    Denied,
+    Identity,
+    Member,
+    Question,
+    read_identity,
+)
 from fl_helpers.training import Update
 
 PEERS = {"confirmed": {}, "independent": False}  # of a kit without `site.confirm`
+
+
+def identity_of(kit: Path) -> Identity:
+    """A hospital's certificate and key, and whom it has confirmed."""
+    startup, peers = kit / "startup", kit / "local" / "peers.json"
+    names = ("client.crt", "client.key", "rootCA.pem")
+    known = json.loads(peers.read_text()) if peers.exists() else PEERS
+    return read_identity(*(startup / name for name in names), known)
 
 
 class SecureSite:
@@ -33,19 +47,12 @@ class SecureSite:
     def __init__(self, job: Job, kit: Path, client: turn.Client) -> None:
         self.job, self.kit, self.client = job, kit, client
         self.metrics = job.run.limits.metrics
-        startup, peers = kit / "startup", kit / "local" / "peers.json"
-        identity = read_identity(
-            startup / "client.crt",
-            startup / "client.key",
-            startup / "rootCA.pem",
-            json.loads(peers.read_text()) if peers.exists() else PEERS,
-        )
         self.member = Member(
             kit / "secure" / job.id,
             read_site(kit).silo,
             job.id,
             job.silos.values(),
-            identity,
+            identity_of(kit),
         )
 
     def answer(
