@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ _ORDERS += [4.5, 5, 5.5, *range(6, 65), 128, 256, 512, 1024]
 
 class BudgetExceeded(RuntimeError):
     """The next steps would cost more than is left; they were not taken."""
+
+    code = "PRIVACY_BUDGET_SPENT"  # what a silo of a real run answers, no more
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,12 @@ def nothing_spent() -> Params:
 
 
 class Account:
-    """What one silo has spent of its budget; params: with the entry of `nothing_spent`,
-    as its last round left it. A round whose entry was lost is not counted: played
-    again, it must draw the same noise."""
+    """What one silo has spent of its budget, in a simulation; a real run has
+    `cross_silo.account`. params: with the entry of `nothing_spent`, as its last round
+    left it. A round whose entry was lost is not counted: played again, it must draw the
+    same noise."""
+
+    needs_rng = True  # to draw the noise from
 
     def __init__(self, params: Params, budget: Budget, *, silo: str) -> None:
         if SPENT not in params:
@@ -139,21 +144,12 @@ class Account:
 
     def spend(self, noise_multiplier: float, sample_rate: float, steps: int) -> None:
         """Book steps before they are taken; if too dear, book nothing and raise."""
-        _check_steps(noise_multiplier, sample_rate, steps, silo=self.silo)
-        rows = list(self.spent)
-        if rows and rows[-1][:2] == (noise_multiplier, sample_rate):
-            rows[-1] = (noise_multiplier, sample_rate, rows[-1][2] + steps)
-        else:
-            rows.append((noise_multiplier, sample_rate, steps))
-        after = epsilon_spent(tuple(rows), self.budget.delta)
-        if after > self.budget.epsilon:
-            raise BudgetExceeded(
-                f"silo {self.silo!r} stops: it has spent epsilon {self.epsilon:.2f} of "
-                f"{self.budget.epsilon:g} (delta {self.budget.delta:g}), and {steps} "
-                f"more steps with noise {noise_multiplier:.3g} would make it "
-                f"{after:.2f}; keep the last round's model, or plan with noise_for"
-            )
-        self.spent = tuple(rows)
+        more = noise_multiplier, sample_rate, steps
+        self.spent = more_spent(self.spent, more, self.budget, self.silo)
+
+    def begin(self, mechanism: Mechanism, about: Callable[[], bytes]) -> None:
+        """Book a turn."""
+        self.spend(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.steps)
 
     def entries(self) -> Params:
         """The entry to keep in the silo: [kinds of steps, 3]."""
@@ -165,9 +161,9 @@ def train_privately(
     silo: Any,
     *,
     mechanism: Mechanism,
-    account: Account,
+    account: Any,
     lr: float,
-    rng: torch.Generator,
+    rng: torch.Generator | None = None,
     momentum: float = 0.0,
     loss_fn: Loss = F.cross_entropy,
 ) -> PrivateUpdate:
@@ -180,19 +176,26 @@ def train_privately(
     model: changed in place, on its own device; no BatchNorm, no dropout.
     silo: with its name, and its training examples as train: x [N, ...], y [N].
     mechanism: clipping, noise, sampling and number of steps.
-    account: what the silo has spent; the steps are booked there before they are taken.
+    account: an `Account`, in a real run a `cross_silo.account.SiloTurn`; the steps are
+        booked there before they are taken.
     lr, momentum: of the steps.
-    rng: CPU generator; who knows its seed can take the noise off again. In a simulation
-        pass the round's rng, in a real run that of `secret_rng`.
+    rng: CPU generator, in a simulation; who knows its seed can take the noise off
+        again. In a real run None: the account has a generator of its own.
     loss_fn: loss_fn(logits, y) is the mean over a batch.
 
     Returns an update with the model's own names and the account's entry, on the CPU;
     metrics are `epsilon` (spent so far) and `steps`. Raises BudgetExceeded before an
     example is looked at, ValueError for what DP cannot work with, FloatingPointError on
     divergence."""
-    _check(model, silo, account.budget.delta)
+    _check(model, silo, account)
+    if account.needs_rng == (rng is None):
+        raise ValueError(
+            "in a simulation give an Account and the round's rng; in a real run a "
+            "SiloTurn and no rng: the noise comes from the silo's own secret"
+        )
+    about = partial(_about, model, silo, mechanism, lr, momentum, loss_fn)
+    rng = account.begin(mechanism, about) or rng
     rate, steps = mechanism.sample_rate, mechanism.steps
-    account.spend(mechanism.noise_multiplier, rate, steps)
     model.train()
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
@@ -245,16 +248,23 @@ def dp_problems(model: nn.Module) -> list[str]:
 def secret_rng(
     secret: bytes, params: Mapping[str, Tensor], round_index: int
 ) -> torch.Generator:
-    """A generator that only who holds the secret can repeat, for a real run.
+    """A generator that only who holds the secret can repeat.
 
     secret: 32 bytes or more that stay in the silo. The same round from the same params
-    draws the same again: playing it twice reveals no more than once. Not of
-    cryptographic quality, nor is noise in floating point (Mironov 2012)."""
+    draws the same again: playing it twice with the same settings and records reveals
+    no more than once, with others it gives the noise away. `cross_silo.account` takes
+    care of that, and is the way for a real run. Not of cryptographic quality, nor is
+    noise in floating point (Mironov 2012)."""
     if len(secret) < 32:
         raise ValueError(f"the secret must have >= 32 bytes, got {len(secret)}")
     digest = hashlib.shake_256(secret + str(round_index).encode())
     for name, value in sorted(params.items()):
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return generator_of(digest)
+
+
+def generator_of(digest: Any) -> torch.Generator:
+    """A generator whose whole state comes from a SHAKE-256."""
     # Not manual_seed: on the CPU it uses 32 bits of a seed, few enough to try them all.
     # So the digest becomes the state itself, which torch gives as bytes: 24 of a header
     # (seed, counters; fresh from manual_seed they say "draw new numbers first"), then
@@ -322,6 +332,19 @@ def privatise_update(
     return PrivateUpdate(update.silo, params, 1, {"epsilon": account.epsilon})
 
 
+def advantage(epsilon: float, delta: float) -> dict[str, float]:
+    """What epsilon leaves an adversary to gain on one patient, whatever it knows.
+
+    odds: the factor by which its odds that a patient was among the records may change,
+    but for a chance of delta. certainty: how sure it may be afterwards, if it was even
+    before. found: the best share of patients found at 1 % of false alarms (Kairouz, Oh
+    and Viswanath 2015, theorem 2.1)."""
+    odds = math.exp(epsilon) if epsilon < 700 else math.inf
+    found = min(odds * 0.01 + delta, 1 - (0.99 - delta) / odds, 1.0)
+    certainty = 1 - 1 / (1 + odds)
+    return {"odds": odds, "certainty": certainty, "found": found}
+
+
 def spending_table(
     rounds: Iterable[Mapping[str, Any]], budget: Budget, *, mechanism: str = "DP-SGD"
 ) -> list[dict[str, Any]]:
@@ -363,8 +386,51 @@ def _check_steps(noise: float, rate: float, steps: float, *, silo: str = "") -> 
         )
 
 
-def _check(model: nn.Module, silo: Any, delta: float) -> None:
+def more_spent(
+    spent: Spent, more: tuple[float, float, int], budget: Budget, silo: str
+) -> Spent:
+    """What has been spent after more steps, if the budget allows them."""
+    _check_steps(*more, silo=silo)
+    rows, (noise, rate, steps) = list(spent), more
+    if rows and rows[-1][:2] == (noise, rate):
+        rows[-1] = (noise, rate, rows[-1][2] + steps)
+    else:
+        rows.append(more)
+    after = epsilon_spent(tuple(rows), budget.delta)
+    if after > budget.epsilon:
+        before = epsilon_spent(spent, budget.delta)
+        raise BudgetExceeded(
+            f"silo {silo!r} stops: it has spent epsilon {before:.2f} of "
+            f"{budget.epsilon:g} (delta {budget.delta:g}), and {steps} "
+            f"more steps with noise {noise:.3g} would make it "
+            f"{after:.2f}; keep the last round's model, or plan with noise_for"
+        )
+    return tuple(rows)
+
+
+def _about(
+    model: nn.Module, silo: Any, mechanism: Mechanism, lr: float, momentum: float,
+    loss_fn: Loss,
+) -> bytes:  # fmt: skip
+    """Whatever an update depends on, beside its noise."""
+    digest = hashlib.sha256(repr((mechanism, lr, momentum)).encode())
+    digest.update(f"{getattr(loss_fn, '__qualname__', '')} {silo.name}".encode())
+    parts = {**model.state_dict(), "x": silo.train[0], "y": silo.train[1]}
+    for name, value in parts.items():
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _check(model: nn.Module, silo: Any, account: Any) -> None:
     n, labels, bad = len(silo.train[0]), len(silo.train[1]), dp_problems(model)
+    delta, real = account.budget.delta, not account.needs_rng
+    if real and delta * n > 0.1:
+        raise ValueError(
+            f"silo {silo.name!r} has {n} patients, and delta is {delta:g}; in a real "
+            f"run it must be at most a tenth of 1 / patients, {0.1 / n:.2g}"
+        )
     if not 0 < n == labels or delta >= 1 / n:
         raise ValueError(
             f"silo {silo.name!r} has {n} inputs, {labels} labels, delta={delta:g}; it "

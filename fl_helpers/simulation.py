@@ -406,13 +406,12 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Note:
-    """What is kept of an update that was used; own: the entries that the silo keeps."""
+    """What is kept of an update that was used."""
 
     silo: str
     train: Metrics
     size: int
     norm: float | None
-    own: Params
 
 
 def _as_client(client: Client | ClientUpdate) -> Client:
@@ -438,9 +437,10 @@ def _play_round(
     bytes_down = state_bytes(history.params) * len(chosen)
     notes: list[_Note] = []
     missing: dict[str, str] = {}
+    kept: dict[str, Params] = {}
     answers = zip(chosen, _train(run, history, chosen, pool), strict=True)
-    history.params = run.aggregate(_accept(run, history, answers, notes, missing))
-    history.local |= {note.silo: note.own for note in notes if note.own}
+    history.params = run.aggregate(_accept(run, history, answers, notes, missing, kept))
+    history.local |= kept
     return RoundRecord(
         round=len(history.rounds),
         silos=[note.silo for note in notes],
@@ -490,15 +490,18 @@ def _accept(
     answers: Iterable[tuple[SiloLike, Any]],
     notes: list[_Note],
     missing: dict[str, str],
+    kept: dict[str, Params],
 ) -> Iterator[Any]:
     """Yield the updates that count, without what silos keep, and write down what came:
-    a note of each, or why a silo is missing. Raises NoQuorum after the last one."""
+    a note of each, or why a silo is missing, and what it keeps, which is its own also
+    if check refuses the rest. Raises NoQuorum after the last one."""
     round_index, norms, failure = len(history.rounds), history.norms, None
     for silo, answer in answers:
         try:
             if isinstance(answer, Exception):
                 raise answer
             update, own = _divide(answer, history.local.get(silo.name, {}))
+            kept |= {silo.name: own} if own else {}
             about = {"silo": silo.name, "round_index": round_index, "norms": norms}
             check = run.terms.check
             norm = check(update, history.params, **about) if check else None
@@ -509,7 +512,7 @@ def _accept(
             missing[silo.name] = f"{type(error).__name__}: {error}"
             failure = error
         else:
-            notes.append(_Note(silo.name, train, size, norm, own))
+            notes.append(_Note(silo.name, train, size, norm))
             yield update
     if len(notes) < (run.terms.quorum or 0):
         raise NoQuorum(

@@ -11,11 +11,12 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from fl_helpers.cross_silo.turn import Client
+from fl_helpers.cross_silo.turn import Client, Place
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.training import cosine_schedule, sgd_client
+from fl_helpers.training import cosine_schedule, evaluate, sgd_client
 
 DATA = "data.safetensors"
 
@@ -33,6 +34,42 @@ def client(data: Path, settings: dict[str, Any]) -> Client:
         metrics=("balanced_accuracy", "auroc"),
     )
     return Client(load_silo(data), functions.update, functions.evaluate)
+
+
+def private_client(data: Path, settings: dict[str, Any], place: Place) -> Client:
+    """Train a `small_cnn` with DP-SGD, within the hospital's own budget.
+
+    settings: num_classes, noise_multiplier, max_grad_norm, sample_rate, steps, lr. The
+    account is the hospital's, for all runs on these data; if it is spent, this
+    hospital's part in the run ends.
+    """
+    from fl_helpers import privacy
+    from fl_helpers.cross_silo.account import SiloAccount
+
+    silo = load_silo(data)
+    budget = privacy.Budget(place.epsilon, place.delta)
+    account = SiloAccount(place.folder / "account.jsonl", budget, silo=silo.name)
+    names = ("noise_multiplier", "max_grad_norm", "sample_rate")
+    steps = int(settings["steps"])
+    mechanism = privacy.Mechanism(*(settings[name] for name in names), steps)
+
+    def with_weights(params: dict[str, Tensor]) -> nn.Module:
+        model = small_cnn(int(settings["num_classes"]), norm="group")
+        model.load_state_dict(params)
+        return model
+
+    def update(
+        params: dict[str, Tensor], silo: Silo, *, round_index: int, rng: Any
+    ) -> Any:
+        turn = account.turn(place.run, round_index)  # not rng: its seed is the run's
+        how = {"mechanism": mechanism, "account": turn, "lr": settings["lr"]}
+        return privacy.train_privately(with_weights(params), silo, **how)
+
+    def test(params: dict[str, Tensor], silo: Silo) -> dict[str, float]:
+        found = evaluate(with_weights(params), silo.test)
+        return {name: found[name] for name in ("balanced_accuracy", "auroc")}
+
+    return Client(silo, update, test)
 
 
 def save_silo(silo: Silo, folder: str | Path) -> None:

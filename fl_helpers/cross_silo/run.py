@@ -19,6 +19,9 @@ from fl_helpers.exchange import Limits, UpdateLike
 from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.simulation import Params, Stop
 
+SMALLEST_SET = 3  # silos in a secure sum
+NEED_THE_AVERAGE = ("weighted_average", "FedAvgM", "FedAdagrad", "FedYogi", "FedAdam")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,6 +40,8 @@ class Run:
     settings: plain numbers and texts for the silos' own function, `turn.load_client`.
     evaluate: the silos test the global model before they train, and the last one.
     stop: end before the last round; None plays all of them.
+    secure: the orchestrator gets the sum of a round's updates only, see `secure`; a
+        rule must need no more than their average, and metrics come as means.
     limits: what an update may be, `exchange.Limits`; its metrics are the names that may
         be reported: what training returns, and "test_loss" if `evaluate` gives "loss".
 
@@ -56,6 +61,7 @@ class Run:
     settings: Mapping[str, float | str] = field(default_factory=dict)
     evaluate: bool = True
     stop: Stop | None = None
+    secure: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ class Run:
                 "remember norms; set limits.max_norm"
             )
         self.make_rule(self.shared)
+        if self.secure:
+            _check_secure(self)
 
     @property
     def shared(self) -> Params:
@@ -142,6 +150,21 @@ def _check_entries(run: Run) -> None:
         raise ValueError(f"keep_local names entries that params lacks: {unknown[:3]}")
     if not run.shared:
         raise ValueError("keep_local must name entries of params, not all of them")
+
+
+def _check_secure(run: Run) -> None:
+    """All that is known is the average of the updates, of no fewer than three."""
+    if run.aggregate not in NEED_THE_AVERAGE:
+        raise ValueError(
+            f"aggregate {run.aggregate!r} looks at each silo's update, which a secure "
+            f"run hides; take one of {NEED_THE_AVERAGE}, set limits.max_norm, which "
+            "the silos then see to themselves, or run without secure"
+        )
+    if run.quorum is not None and run.quorum < SMALLEST_SET:
+        raise ValueError(
+            f"a secure run needs a quorum of {SMALLEST_SET} or more, got {run.quorum}: "
+            "the sum of two tells each of them the other's update"
+        )
 
 
 def _check_plain(settings: Mapping[str, Any]) -> None:

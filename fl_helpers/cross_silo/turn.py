@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,20 @@ from fl_helpers.simulation import Params, draws_from, silo_rng
 from fl_helpers.training import Update, num_examples
 
 MOVED = {"fl_helpers.hospital": "fl_helpers.cross_silo.hospital"}  # kits name these
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is a silo's own in a run, beside its data.
+
+    folder: for what outlives runs, such as a privacy account. run: the run's name and
+    id. epsilon, delta: the silo's privacy budget, by its own settings; None is none.
+    """
+
+    folder: Path
+    run: str
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,17 +53,28 @@ class Client:
 
 
 def load_client(
-    entry: str, data: str | Path, settings: Mapping[str, float | str], *, silo: str
+    entry: str,
+    data: str | Path,
+    settings: Mapping[str, float | str],
+    *,
+    silo: str,
+    place: Place | None = None,
 ) -> Client:
-    """Call a silo's function with the place of its data and the run's settings.
+    """Call a silo's function with its data's folder and the run's settings.
 
     entry: "module:function" or "/path/to/file.py:function"; it is called as
     function(data, settings), data a Path, settings a dict of plain numbers and texts,
-    and returns a `Client`. silo: the name that the data must have.
+    and returns a `Client`; one with three parameters gets the place, too. silo: the
+    name that the data must have.
     Raises ValueError for an entry of another form and for data of another silo,
     whatever importing the function raises, and TypeError if it returns something else.
     """
-    client = load_function(entry)(Path(data), dict(settings))
+    function, given = load_function(entry), [Path(data), dict(settings)]
+    if len(inspect.signature(function).parameters) > 2:
+        if place is None:
+            raise ValueError(f"{entry} needs a place of its own; this engine has none")
+        given.append(place)
+    client = function(*given)
     if not isinstance(client, Client):
         raise TypeError(f"{entry} must return a Client, got {type(client).__name__}")
     if client.silo.name != silo:

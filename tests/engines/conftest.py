@@ -24,10 +24,14 @@ silos:
 @pytest.fixture(scope="session")
 def silos_yaml(tmp_path_factory):
     """A `silos.yaml` with the hospitals' data folders beside it."""
-    folder = tmp_path_factory.mktemp("trial")
+    return write_trial(tmp_path_factory.mktemp("trial"), SIZES)
+
+
+def write_trial(folder, sizes):
+    """Such a file and such folders, for hospitals of these sizes."""
     rng = torch.Generator().manual_seed(0)
     text = SILOS_YAML.replace("{client}", f"{hospital.__file__}:client")
-    for number, (name, n) in enumerate(SIZES.items()):
+    for number, (name, n) in enumerate(sizes.items()):
         data = folder / "data" / f"hospital_{number}"
         data.mkdir(parents=True)
         x, y = torch.randn(n, 1, 16, 16, generator=rng), torch.arange(n) % 2

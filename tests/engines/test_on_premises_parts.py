@@ -35,6 +35,7 @@ from fl_helpers.cross_silo.on_premises import (
     job,
     provision,
     runs,
+    secure_controller,
     site,
     worker,
 )
@@ -129,7 +130,8 @@ def test_settings_of_an_older_kit_are_refused_with_what_to_do(kit):
 def test_the_servers_policy(kits):
     local = kits / "server" / "local"
     resources = json.loads((local / "resources.json").read_text())
-    assert resources["class_allow_list"] == [path_of(controller.RoundController)]
+    allowed = [controller.RoundController, secure_controller.SecureController]
+    assert resources["class_allow_list"] == [path_of(kind) for kind in allowed]
     assert path_of(HubGuard) in {part["path"] for part in resources["components"]}
     stores = [resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"]]
     stores += [

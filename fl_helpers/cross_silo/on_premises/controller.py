@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from nvflare.apis.controller_spec import ClientTask, Task
@@ -31,15 +32,20 @@ from fl_helpers.cross_silo.on_premises.record import Record, State
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
 from fl_helpers.simulation import Metrics, NoQuorum, Params
 
+SPENT = "PRIVACY_BUDGET_SPENT"  # the answer of a silo that takes part no more
 START_UP = 60  # seconds that the silos' workers may need before the first task
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back for one task, by silo: updates, and reasons of refusals."""
+    """What came back for one task, by silo: updates, and reasons of refusals.
 
-    updates: dict[str, exchange.ReceivedUpdate] = field(default_factory=dict)
+    silos: those whose updates count; a secure sum has one update for all of them.
+    """
+
+    updates: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    silos: tuple[str, ...] = ()
 
 
 class RoundController(Controller):
@@ -54,6 +60,7 @@ class RoundController(Controller):
         self.lock = threading.Lock()  # answers come in by several threads
         self.absent: set[str] = set()  # sites that did not answer when last asked
         self.heard: set[str] = set()  # sites that asked for work since
+        self.ended: set[str] = set()  # silos whose privacy budget is spent
         self.started = 0.0  # when the last task went out
         self.bytes_down = 0  # of the model in it
         self.params: Params = {}  # the global model
@@ -98,19 +105,23 @@ class RoundController(Controller):
         self.rule = run.make_rule(initial)
         state, self.params = record.resume(job.id, initial, self.rule)
         record.event("start", round=state.rounds_done, rounds=run.rounds)
-        while state.rounds_done < run.rounds:
-            self._round(state)
+        self._begin()
+        while state.rounds_done < run.rounds and self._round(state):
             if run.stop and run.stop.reached(state.scores):
                 record.event("stopped", round=state.rounds_done - 1)
                 break
         done = state.rounds_done
-        if run.evaluate:
-            self._tested(done, self._ask("evaluate", done, self._present(done)), state)
+        if run.evaluate and (sites := self._present(done)):
+            self._tested(done, self._ask("evaluate", done, sites), state)
         record.publish(done, self.download)
         record.event("done", rounds=done)
 
-    def _round(self, state: State) -> None:
-        """One round: the global model, the checkpoint and `state` move on together."""
+    def _begin(self) -> None:
+        """Before the first round, also of a run that is resumed."""
+
+    def _round(self, state: State) -> bool:
+        """One round: the global model, the checkpoint and `state` move on together.
+        False if hospitals have spent their budgets, so that there is none any more."""
         index, sites = state.rounds_done, self._present(state.rounds_done)
         silos = [self.job.silos[site] for site in sites]
         self.record.event("round_start", round=index, silos=silos)
@@ -118,7 +129,8 @@ class RoundController(Controller):
         seconds = round(time.monotonic() - self.started, 3)
         missing = self._note_absent(index, sites, answers)
         self._tested(index, answers, state)
-        self._check_quorum(index, answers, missing)
+        if not self._is_quorate(index, answers, missing):
+            return False
         updates = [answers.updates[silo] for silo in sorted(answers.updates)]
         self.params = self.rule(iter(updates))
         state.rounds_done = index + 1
@@ -127,27 +139,48 @@ class RoundController(Controller):
             "round_end",
             round=index,
             seconds=seconds,
-            silos=[u.silo for u in updates],
+            silos=list(answers.silos),
             refused=answers.refused,
             missing=missing,
             bytes_down=len(sites) * self.bytes_down,
             bytes_up=sum(u.num_bytes for u in updates),
             train={u.silo: _split(u.metrics)[0] for u in updates},
         )
+        return True
 
-    def _check_quorum(self, index: int, answers: Answers, missing: list[str]) -> None:
-        quorum = self.job.run.quorum or len(self.job.silos)
-        if len(answers.updates) < quorum:
-            raise NoQuorum(
-                f"round {index}: {len(answers.updates)} valid updates, the quorum is "
-                f"{quorum}; missing: {missing}, refused: {answers.refused}; start the "
-                "run again when more silos are there, it goes on from the last round"
-            )
+    @property
+    def quorum(self) -> int:
+        return self.job.run.quorum or len(self.job.silos)
+
+    def _is_quorate(self, index: int, answers: Answers, missing: list[str]) -> bool:
+        """False if those that are missing for good are; raises NoQuorum otherwise."""
+        if len(answers.silos) >= self.quorum:
+            return True
+        why = (
+            f"round {index}: {len(answers.silos)} valid updates, the quorum is "
+            f"{self.quorum}; missing: {missing}, refused: {answers.refused}"
+        )
+        if len(self.job.silos) - len(self.ended) < self.quorum:
+            spent = f"the privacy budget is spent at {sorted(self.ended)}"
+            self.record.event("stopped", round=index - 1, reason=f"{spent}; {why}")
+            return False
+        raise NoQuorum(
+            f"{why}; start the run again when more silos are there, it goes on from "
+            "the last round"
+        )
 
     def _ask(self, task: str, index: int, sites: list[str]) -> Answers:
-        """Send a task and wait until all have answered, or for the deadline."""
-        message, answers = pack(self.record.model(index)), Answers()
+        """The answers of all, or those that came before the deadline."""
+        message = pack(self.record.model(index))
         self.bytes_down = len(message[exchange.MODEL])
+        answers = self._send(task, index, sites, message)
+        return replace(answers, silos=tuple(sorted(answers.updates)))
+
+    def _send(
+        self, task: str, index: int, sites: list[str], message: Shareable
+    ) -> Answers:
+        """Send a task and wait until all have answered, or for the deadline."""
+        answers = Answers()
         message["round"] = index
         work = Task(
             name=task,
@@ -173,10 +206,11 @@ class RoundController(Controller):
         passed["seconds"] = round(time.monotonic() - self.started, 3)
         try:
             if (code := message.get_return_code()) != ReturnCode.OK:
+                if code == SPENT:
+                    self.ended.add(silo)
                 raise exchange.Refused(silo, f"the site answered {code}")
-            trains = client_task.task.name == "train"
-            expected = self.params if trains else {}
-            update = self._read(message, silo, index, expected)
+            task = client_task.task.name
+            update = self._take(task, message, silo, index)
         except Exception as error:  # whatever came: it costs this silo's update only
             reason = getattr(error, "reason", f"{type(error).__name__}: {error}")
             with self.lock:
@@ -185,27 +219,38 @@ class RoundController(Controller):
         else:
             with self.lock:
                 answers.updates[silo] = update
-            if trains:
+            if task == "train":
                 passed |= {"bytes": update.num_bytes}
                 metrics = _split(update.metrics)[0]
                 self.record.event("update", **passed, metrics=metrics)
         client_task.result = None  # free the memory
 
+    def _take(self, task: str, message: Shareable, silo: str, index: int) -> Any:
+        """What a silo answered, checked."""
+        expected = self.params if task == "train" else {}
+        return self._read(message, silo, index, expected, self.job.run.limits)
+
     def _read(
-        self, message: Shareable, silo: str, index: int, expected: Params
+        self,
+        message: Shareable,
+        silo: str,
+        index: int,
+        expected: Params,
+        limits: exchange.Limits,
     ) -> exchange.ReceivedUpdate:
-        folder = self.record.folder / "inbox" / silo
+        folder = self.record.inbox(index, silo)
         try:
             update = exchange.read_update(
                 unpack(message, folder, exchange.UPDATE),
                 expected,
                 silo=silo,
                 round_index=index,
-                limits=self.job.run.limits,
+                limits=limits,
                 ledger=self.record.ledger,
             )
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not self.record.keeps_updates:
+                shutil.rmtree(folder, ignore_errors=True)
         # The model's own order: a rule may add up entries, and the order shows.
         return replace(update, params={k: update.params[k] for k in expected})
 
@@ -218,10 +263,12 @@ class RoundController(Controller):
         for site in sorted(self.absent & self.heard):
             self.record.event("back", round=index, silo=self.job.silos[site])
         self.absent -= self.heard
-        return [site for site in sorted(self.job.silos) if site not in self.absent]
+        silos = self.job.silos
+        gone = self.absent | {site for site in silos if silos[site] in self.ended}
+        return sorted(silos.keys() - gone)
 
     def _note_absent(self, index: int, sites: list[str], answers: Answers) -> list[str]:
-        heard, silos = answers.updates.keys() | answers.refused.keys(), self.job.silos
+        heard, silos = {*answers.silos, *answers.refused}, self.job.silos
         missing = [site for site in sites if silos[site] not in heard]
         for site in missing:
             self.record.event("missing", round=index, silo=silos[site])

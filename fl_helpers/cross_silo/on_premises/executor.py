@@ -20,13 +20,18 @@ from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
 from fl_helpers.cross_silo import turn
-from fl_helpers.cross_silo.on_premises.gate import Unreleased, read_policy, unpack
+from fl_helpers.cross_silo.on_premises.gate import (
+    Unreleased,
+    code_of,
+    read_policy,
+    unpack,
+)
 from fl_helpers.cross_silo.on_premises.guards import SiteGuard
 from fl_helpers.cross_silo.on_premises.job import Job, read_job
+from fl_helpers.cross_silo.on_premises.secure_site import SecureSite
 from fl_helpers.cross_silo.on_premises.site import read_site
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
 from fl_helpers.simulation import Params
-from fl_helpers.training import Update
 
 
 class SiteExecutor(Executor):
@@ -42,6 +47,7 @@ class SiteExecutor(Executor):
         self.guard = SiteGuard()
         self.job: Job | None = None
         self.client: turn.Client | None = None
+        self.sums: SecureSite | None = None
         end_with_parent()  # not at START_RUN: that waits for a server that may be gone
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -53,33 +59,46 @@ class SiteExecutor(Executor):
         kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
         try:
             self.job = self.job or read_job(fl_ctx)
-            update = self._answer(self.job, kit, task_name, shareable)
-        except Exception:  # its text may name a patient: it stays in the log here
+            site = read_site(kit)
+            self.client = self.client or turn.load_client(
+                site.client, site.data, self.job.run.settings, silo=site.silo,
+                place=turn.Place(
+                    kit / "privacy", f"{self.job.run.name} {self.job.id}",
+                    site.epsilon, site.delta,
+                ),
+            )  # fmt: skip
+            if self.job.run.secure:
+                self.sums = self.sums or SecureSite(self.job, kit, self.client)
+                answer = self.sums.answer(task_name, shareable, self._answer)
+            else:
+                answer = self._answer(task_name, shareable, kit)
+        except Exception as error:  # its text may name a patient: it stays in the log
             self.logger.exception(f"task {task_name!r} failed")
-            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+            return make_reply(code_of(error, ReturnCode.EXECUTION_EXCEPTION))
         result = make_reply(ReturnCode.OK)
-        result["update"] = Unreleased(update, shareable["round"])
+        result["update"] = answer
         return result
 
-    def _answer(self, job: Job, kit: Path, task: str, message: Shareable) -> Update:
-        site, index, kept = read_site(kit), message["round"], kit / "kept" / job.id
-        self.client = self.client or turn.load_client(
-            site.client, site.data, job.run.settings, silo=site.silo
-        )
+    def _answer(self, task: str, message: Shareable, kit: Path) -> Unreleased:
+        if task not in ("train", "evaluate"):
+            raise ValueError(f"a plain run has no task {task!r}")
+        job, index, kept = self.job, message["round"], kit / "kept" / self.job.id
         with tempfile.TemporaryDirectory() as folder:
             params = turn.receive(
                 job.run,
                 unpack(message, folder, exchange.MODEL),
                 _own_entries(job, kept, index),
                 round_index=index,
-                expected=read_policy(kit)[0],
+                expected=read_policy(kit).expected,
                 ledger=exchange.Ledger(kit / "ledger.jsonl"),
             )
         if task == "evaluate":
-            return turn.test(job.run, self.client, params, round_index=index)
-        update, own = turn.train(job.run, self.client, params, round_index=index)
-        _keep(kept, own, index)
-        return update
+            update = turn.test(job.run, self.client, params, round_index=index)
+        else:
+            update, own = turn.train(job.run, self.client, params, round_index=index)
+            _keep(kept, own, index)
+        start = {name: params[name] for name in job.run.shared}
+        return Unreleased(update, index, start)
 
 
 def _own_entries(job: Job, kept: Path, round_index: int) -> Params:

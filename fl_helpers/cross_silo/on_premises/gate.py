@@ -6,11 +6,14 @@ leave is in `ledger.jsonl`.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from nvflare.apis.filter import Filter
@@ -23,6 +26,9 @@ from fl_helpers import exchange
 from fl_helpers.cross_silo.on_premises.site import read_site, write_local
 from fl_helpers.training import Update
 
+CODES = ("SECURE_SUM_DENIED", "PRIVACY_BUDGET_SPENT")  # beside those of the engine
+SEALED = exchange.Limits(metrics=frozenset({"attempt"}))  # of a masked update
+
 
 def allow(
     kit: str | Path,
@@ -31,13 +37,16 @@ def allow(
     keep_local: Collection[str] = (),
     metrics: Iterable[str] = (),
     max_bytes: int | None = None,
+    max_norm: float | None = None,
+    secure: bool = False,
 ) -> None:
     """Set what may leave the hospital: one model's entries, and named metrics.
 
     params: the state of the model that the hospital agreed to train; only names, shapes
     and dtypes are kept. keep_local: entries that must not leave. metrics: names of
     plain numbers, beside the default of `exchange.Limits`. max_bytes: of one update;
-    None is what the entries need. Without a call of this, nothing may leave.
+    None is what the entries need. max_norm: of an update's change to the model. secure:
+    updates leave in secure sums only. Without a call of this, nothing may leave.
     """
     layout = {
         name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
@@ -46,20 +55,32 @@ def allow(
     }
     allowed = sorted(exchange.Limits().metrics | set(metrics))
     policy = {"entries": layout, "metrics": allowed, "max_bytes": max_bytes}
+    policy |= {"max_norm": max_norm, "secure": secure}
     write_local(kit, "egress.json", policy)
 
 
-def read_policy(kit: str | Path) -> tuple[dict[str, Tensor], exchange.Limits]:
-    """What may leave: entries as tensors without content, and the limits."""
+class Policy(NamedTuple):
+    """What may leave: entries as tensors without content, the limits, and whether in
+    secure sums only."""
+
+    expected: dict[str, Tensor]
+    limits: exchange.Limits
+    secure: bool
+
+
+def read_policy(kit: str | Path) -> Policy:
+    """What `allow` set."""
     policy = json.loads((Path(kit) / "local" / "egress.json").read_text())
     expected = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         for name, (shape, dtype) in policy["entries"].items()
     }
     limits = exchange.Limits(
-        max_bytes=policy["max_bytes"], metrics=frozenset(policy["metrics"])
+        max_bytes=policy["max_bytes"],
+        max_norm=policy.get("max_norm"),
+        metrics=frozenset(policy["metrics"]),
     )
-    return expected, limits
+    return Policy(expected, limits, policy.get("secure", False))
 
 
 def explain_policy(kit: str | Path) -> dict[str, str]:
@@ -94,12 +115,32 @@ def explain_policy(kit: str | Path) -> dict[str, str]:
 
 class Unreleased:
     """An update inside a hospital. The engine cannot serialise an object with slots:
-    without the gate nothing leaves, instead of everything."""
+    without the gate nothing leaves, instead of everything.
 
-    __slots__ = ("round_index", "update")
+    start: what of the model its training began with. seal: makes of an update that may
+    leave what does; None lets it out as it is. An update of None was sealed before."""
 
-    def __init__(self, update: Update, round_index: int) -> None:
+    __slots__ = ("round_index", "seal", "start", "update")
+
+    def __init__(
+        self,
+        update: Update | None,
+        round_index: int,
+        start: Mapping[str, Tensor] | None = None,
+        seal: Callable[[Update | None], Update] | None = None,
+    ) -> None:
         self.update, self.round_index = update, round_index
+        self.start, self.seal = start, seal
+
+
+class Spoken:
+    """A short message of the protocol of secure sums: a silo's hello, or its mask."""
+
+    __slots__ = ("content", "what")
+    SIZES: ClassVar = {"hello": 20_000, "mask": 32}  # bytes at most
+
+    def __init__(self, what: str, content: bytes) -> None:
+        self.what, self.content = what, content
 
 
 class EgressGate(Filter):
@@ -117,38 +158,84 @@ class EgressGate(Filter):
         silo, found = read_site(kit).silo, shareable.get("update")
         code = shareable.get_return_code()
         if code != ReturnCode.OK:
-            code = code if code in vars(ReturnCode).values() else ReturnCode.ERROR
+            known = {*vars(ReturnCode).values(), *CODES}
+            code = code if code in known else ReturnCode.ERROR
             item = {"what": f"code {code}", "bytes": len(code)}
             ledger.add(
                 [item], direction="out", silo=silo, round_index=None, verdict="accepted"
             )
             return make_reply(code)
         try:
+            if type(found) is Spoken:
+                return _speak(ledger, found, silo)
             if type(found) is not Unreleased or type(found.round_index) is not int:
                 raise TypeError("the result is not an update of a round")
             task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
             return _release(kit, ledger, found, silo, task)
         except Exception as error:
             self.logger.warning(f"the gate let nothing out: {error}")
-            return make_reply(ReturnCode.TASK_RESULT_FILTER_ERROR)
+            return make_reply(code_of(error, ReturnCode.TASK_RESULT_FILTER_ERROR))
 
 
 def _release(
     kit: Path, ledger: exchange.Ledger, found: Unreleased, silo: str, task: str
 ) -> Shareable:
     """The update as a message, if all of it may leave."""
-    expected, limits = read_policy(kit)
-    expected = {} if task == "evaluate" else expected  # then: metrics only
-    index = found.round_index
-    exchange.check_update(
-        found.update, expected, silo=silo, round_index=index, limits=limits,
-        direction="out", ledger=ledger,
-    )  # fmt: skip
+    policy, index, update = read_policy(kit), found.round_index, found.update
+    expected = policy.expected if task == "train" else {}  # else: numbers only
+    about = {"silo": silo, "round_index": index, "direction": "out"}
+    try:
+        if policy.secure and found.seal is None:
+            raise exchange.Refused(silo, "this hospital takes part in secure runs only")
+        if update is not None:
+            _look(update, found, expected, policy.limits, about)
+    except exchange.Refused as error:
+        head = about | {"verdict": "refused", "reason": error.reason}
+        ledger.add([{"what": "update"}], **head)
+        raise
+    limits = policy.limits
+    if found.seal:
+        update = found.seal(update)
+        expected, limits = update.params, SEALED
+    limits = replace(limits, max_norm=None)  # it was looked at
+    exchange.check_update(update, expected, **about, limits=limits, ledger=ledger)
     with tempfile.TemporaryDirectory() as folder:
-        exchange.write_update(
-            folder, found.update, round_index=index, expected=expected, limits=limits
-        )
+        exchange.write_update(folder, update, round_index=index, limits=limits)
         return pack(folder)
+
+
+def _look(
+    update: Update,
+    found: Unreleased,
+    expected: Mapping[str, Tensor],
+    limits: exchange.Limits,
+    about: Mapping[str, Any],
+) -> None:
+    """Refuse what may not leave: first by its layout, then how far it went."""
+    norm = limits.max_norm
+    limits = replace(limits, max_norm=None)
+    exchange.check_update(update, expected, **about, limits=limits)
+    if norm is not None and expected:
+        limits = replace(limits, max_norm=norm)
+        exchange.check_update(update, found.start, **about, limits=limits)
+
+
+def _speak(ledger: exchange.Ledger, found: Spoken, silo: str) -> Shareable:
+    size = len(found.content) if isinstance(found.content, bytes) else math.inf
+    if size > Spoken.SIZES[found.what]:
+        raise ValueError(f"a {found.what} of {size} bytes")
+    digest = hashlib.sha256(found.content).hexdigest()
+    item = {"what": found.what, "bytes": size, "sha256": digest}
+    ledger.add([item], direction="out", silo=silo, round_index=None, verdict="accepted")
+    message = make_reply(ReturnCode.OK)
+    message[found.what] = found.content
+    return message
+
+
+def code_of(error: Exception, otherwise: str) -> str:
+    """All that leaves of an error: a code of its own, if it has one that is known."""
+    code = getattr(error, "code", None)
+    return code if code in CODES else otherwise
 
 
 def pack(folder: str | Path) -> Shareable:

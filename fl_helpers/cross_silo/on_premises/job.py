@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from nvflare.apis.fl_context import FLContext
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fl_helpers.cross_silo.on_premises.site import HERE, site_name
-from fl_helpers.cross_silo.run import Run, from_plain, to_plain
+from fl_helpers.cross_silo.on_premises.site import CONTROLLERS, HERE, site_name
+from fl_helpers.cross_silo.run import SMALLEST_SET, Run, from_plain, to_plain
 from fl_helpers.simulation import Params
 
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
+TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
 MAY_CHANGE = ("rounds", "quorum", "deadline", "stop")  # of a run that is resumed
 
 
@@ -53,6 +55,8 @@ def read_job(fl_ctx: FLContext) -> Job:
     workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
     folder = Path(workspace.get_app_dir(fl_ctx.get_job_id())) / CONFIG
     found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    if not re.fullmatch("[0-9a-f]{32}", found["id"]):  # it names folders
+        raise ValueError("the id of a run has 32 hexadecimal digits")
     return Job(found["id"], found["silos"], from_plain(found["run"]), folder)
 
 
@@ -62,7 +66,7 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     Raises ValueError for a quorum that the silos cannot reach, and for a name that
     another run had.
     """
-    quorum = run.quorum or len(silos)
+    quorum = max(run.quorum or len(silos), SMALLEST_SET if run.secure else 1)
     if quorum > len(silos):
         raise ValueError(f"quorum {quorum}, but there are {len(silos)} silos")
     folder = jobs / run.name
@@ -77,12 +81,13 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     _write(folder / "meta.json", about | {"deploy_map": {"app": ["@ALL"]}})
     empty = ("components", "task_data_filters", "task_result_filters")
     base = {"format_version": 2, **{key: [] for key in empty}}
-    rounds = {"id": "rounds", "path": f"{HERE}.controller.RoundController", "args": {}}
+    path = CONTROLLERS[run.secure]
+    rounds = {"id": "rounds", "path": path, "args": {}}
     poll = {"task_request_interval": 0.1}  # seconds; by default 2
     server = base | {"workflows": [rounds], "server": poll}
     _write(app / "config_fed_server.json", server)
     trainer = {"path": f"{HERE}.executor.SiteExecutor", "args": {}}
-    tasks = [{"tasks": ["train", "evaluate"], "executor": trainer}]
+    tasks = [{"tasks": TASKS, "executor": trainer}]
     _write(app / "config_fed_client.json", base | {"executors": tasks})
     return folder
 

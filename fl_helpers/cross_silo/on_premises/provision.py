@@ -16,7 +16,12 @@ import subprocess
 from pathlib import Path
 
 from fl_helpers.cross_silo.federation import LOOPBACK, Federation
-from fl_helpers.cross_silo.on_premises.site import Site, harden_server, harden_site
+from fl_helpers.cross_silo.on_premises.site import (
+    Site,
+    confirm,
+    harden_server,
+    harden_site,
+)
 
 
 def provision(federation: Federation, folder: str | Path) -> Path:
@@ -43,9 +48,22 @@ def provision(federation: Federation, folder: str | Path) -> Path:
     for site in sites_of(federation):
         shutil.move(made / site.name, kits / site.name)
         harden_site(kits / site.name, site)
+    if federation.on_premises.host in LOOPBACK:
+        _confirm_all(federation, kits)
     for path in [*kits.rglob("*"), *authority.rglob("*")]:
         path.chmod(0o700 if path.is_dir() or path.suffix == ".sh" else 0o600)
     return kits
+
+
+def _confirm_all(federation: Federation, kits: Path) -> None:
+    """In a trial on one machine, one person is all hospitals, and confirms for all."""
+    from fl_helpers.cross_silo.secure import fingerprint
+
+    sites = sites_of(federation)
+    paths = {site.silo: kits / site.name / "startup" / "client.crt" for site in sites}
+    found = {silo: fingerprint(path.read_bytes()) for silo, path in paths.items()}
+    for site in sites:
+        confirm(kits / site.name, found)
 
 
 def sites_of(federation: Federation) -> list[Site]:

@@ -45,6 +45,16 @@ class Record:
     def model(self, rounds_done: int) -> Path:
         return self.folder / f"model_{rounds_done:04d}"
 
+    def inbox(self, round_index: int, silo: str) -> Path:
+        """Where an update lies while it is read; see `keeps_updates`."""
+        return self.folder / "inbox" / f"{round_index:04d}" / silo
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether a file `local/keep_updates` in its kit makes the server keep what it
+        has read. An orchestrator decides that by itself, and no silo can see it."""
+        return (self.folder.parents[1] / "local" / "keep_updates").exists()
+
     def memory(self, rounds_done: int) -> Path:
         return self.folder / f"memory_{rounds_done:04d}.safetensors"
 

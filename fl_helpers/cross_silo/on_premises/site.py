@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = "fl_helpers.cross_silo.on_premises"
+CONTROLLERS = (  # of a plain run, of a secure one
+    f"{HERE}.controller.RoundController",
+    f"{HERE}.secure_controller.SecureController",
+)
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
 
@@ -23,7 +27,8 @@ class Site:
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
-    worker that died is started again within a run.
+    worker that died is started again within a run. epsilon, delta: its privacy budget,
+    for a client function that trains with one; no run can change it.
     """
 
     silo: str
@@ -31,6 +36,8 @@ class Site:
     data: str
     client: str
     relaunches: int = 2
+    epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def name(self) -> str:
@@ -98,13 +105,30 @@ def harden_site(
     write_site(kit, site)
 
 
+def confirm(
+    kit: str | Path,
+    fingerprints: Mapping[str, str] | None = None,
+    *,
+    independent: bool = False,
+) -> None:
+    """Whose certificates a hospital believes in secure runs, `local/peers.json`.
+
+    fingerprints: {silo: SHA-256 of its certificate, as `secure.fingerprint` or
+    `openssl x509 -fingerprint -sha256` shows it}, its own too, compared by telephone.
+    independent: the authority's key is not in the coordinator's hands, so that it
+    vouches for those that are not listed.
+    """
+    peers = {"confirmed": dict(fingerprints or {}), "independent": independent}
+    write_local(kit, "peers.json", peers)
+
+
 def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None:
     """Write the server's policy into its kit: our controller only, the guard, and
     stores of its own (by default all servers of a machine share one); admin_role as in
     `harden_site`."""
     kit = Path(kit).resolve()
     resources = json.loads((kit / "local" / "resources.json.default").read_text())
-    resources["class_allow_list"] = [f"{HERE}.controller.RoundController"]
+    resources["class_allow_list"] = list(CONTROLLERS)
     resources["servers"][0]["heart_beat_timeout"] = 30  # seconds; by default 600
     storage = resources["snapshot_persistor"]["args"]["storage"]
     storage["args"]["root_dir"] = str(kit / "snapshots")

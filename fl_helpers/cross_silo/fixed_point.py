@@ -1,0 +1,194 @@
+"""Updates as integers that can be masked and added, and read again as their average.
+
+A value is the change to the model that a round began with, times the silo's share of
+all examples, in steps of 2^-22, modulo 2^32. So the weight of a silo is inside, the
+sum of integers has the same bits in any order, and `SecureAverage` is a secure run in
+a simulation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from torch import Tensor
+
+from fl_helpers.training import Update
+
+Params = dict[str, Tensor]
+
+FRACTION_BITS = 22  # of the 32 of a value: steps of 2.4e-7, changes below 256
+WHOLE_BITS = 8  # of an entry of whole numbers: its changes below 4 million
+NUMBER_BITS = 32  # of the 64 of a metric, which must be below a million
+ALL = "all silos"  # whose update the sum is
+
+
+class Plain(NamedTuple):
+    """An update in fixed point: weights uint32 [values], modulo 2^32, and numbers
+    uint64 [1 + 2 per metric], modulo 2^64: examples, then value and 1 of each metric.
+    update: SHA-256 of the entries that it was made of, "" if there are none.
+    """
+
+    weights: np.ndarray
+    numbers: np.ndarray
+    update: str = ""
+
+    def digest(self) -> str:
+        return hashlib.sha256(
+            self.weights.tobytes() + self.numbers.tobytes()
+        ).hexdigest()
+
+    def add(self, key: bytes, *, plus: bool = True) -> None:
+        """Add the keystream of a key, or take it away, in place."""
+        cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+        for values in (self.weights, self.numbers):
+            _add_stream(values, cipher, plus)
+
+    def plus(self, other: Plain) -> None:
+        """Add another one, in place."""
+        for values, more in zip(self[:2], other[:2], strict=True):
+            np.add(values, more, out=values)
+
+
+def _add_stream(values: np.ndarray, cipher: Any, plus: bool) -> None:
+    """Piece by piece: what is in the processor's cache is added soonest."""
+    size = 1 << 18  # bytes of a piece
+    zeros, stream = bytes(size), bytearray(size + 63)
+    per = size // values.itemsize
+    for start in range(0, len(values), per):
+        part = values[start : start + per]
+        cipher.update_into(memoryview(zeros)[: part.nbytes], stream)
+        mask = np.frombuffer(stream, values.dtype.newbyteorder("<"), len(part))
+        np.add(part, mask, out=part) if plus else np.subtract(part, mask, out=part)
+
+
+def encode(
+    update: Any, start: Mapping[str, Tensor], *, total: int, metrics: Collection[str]
+) -> Plain:
+    """Changes to start times the silo's share of all examples, and its numbers.
+
+    update: with silo, params, num_examples and metrics; not modified. metrics: names;
+    of one that the update lacks, a random number is added, so that nobody learns that
+    of the others. Raises ValueError for changes that are too large for 32 bits.
+    """
+    share, parts, digest = update.num_examples / total, [], hashlib.sha256()
+    if start and not 0 < share <= 1:
+        raise ValueError(f"silo {update.silo!r} has {update.num_examples} of {total}")
+    for name in sorted(start):
+        value = update.params[name].detach().contiguous()
+        digest.update(name.encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy())
+        bits = _bits(start[name])
+        delta = value.double() - start[name].double()
+        if delta.numel() and not delta.abs().max() < 2.0 ** (30 - bits):
+            raise ValueError(
+                f"silo {update.silo!r} changed {name!r} by {delta.abs().max():.3g}; in "
+                f"a secure sum a change must be below {2 ** (30 - bits)}: use a "
+                "smaller lr, or scale the inputs"
+            )
+        steps = (delta * (share * 2.0**bits)).round_().to(torch.int64)
+        parts.append(steps.flatten().numpy().astype(np.uint32))
+    weights = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+    return Plain(weights, _numbers(update, metrics), digest.hexdigest() * bool(parts))
+
+
+def _numbers(update: Any, metrics: Collection[str]) -> np.ndarray:
+    numbers = [update.num_examples]
+    for name in sorted(metrics):
+        value = update.metrics.get(name)
+        if value is not None and abs(value) < 2**20:
+            numbers += [round(value * 2**NUMBER_BITS) % 2**64, 1]
+        else:
+            numbers += [secrets.randbits(64), 0]
+    return np.array(numbers, np.uint64)
+
+
+def decode(
+    added: Plain,
+    start: Mapping[str, Tensor],
+    *,
+    total: int,
+    several: int,
+    metrics: Collection[str],
+) -> Update:
+    """The average behind a sum without masks, as the update of `ALL`.
+
+    total: as in `encode`; several: how many silos were added. Each value is off by at
+    most half a step of 2^-22 per silo, times total over the examples of those added. A
+    metric is the mean over silos, each counted once, and left out if one silo lacks it.
+    Raises ValueError for a sum that cannot be one.
+    """
+    examples = int(added.numbers[0])
+    if not several <= examples <= 2**40:
+        raise ValueError(
+            f"the sum over {several} silos has {examples} examples: the masks did not "
+            "cancel, so one silo was told something else, or did not keep to it"
+        )
+    steps = torch.from_numpy(added.weights.view(np.int32).astype(np.float64))
+    flat = iter(steps.split([start[name].numel() for name in sorted(start)]))
+    params = {}
+    for name in sorted(start):
+        old, scale = start[name], total / examples / 2.0 ** _bits(start[name])
+        new = old.double() + (next(flat) * scale).reshape(old.shape)
+        new = new if old.is_floating_point() else new.round()
+        params[name] = new.to(old.dtype)
+    values = added.numbers[1:].reshape(-1, 2)
+    means = {
+        name: float(value.view(np.int64)) / 2**NUMBER_BITS / several
+        for name, (value, count) in zip(sorted(metrics), values, strict=True)
+        if count == several
+    }
+    return Update(ALL, {k: params[k] for k in start}, examples, means)
+
+
+def _bits(value: Tensor) -> int:
+    return FRACTION_BITS if value.is_floating_point() else WHOLE_BITS
+
+
+class SecureAverage:
+    """An aggregate of `run_rounds` with the same bits as a secure run.
+
+    rule: `weighted_average`, or one that stands at params and needs the average only.
+    params: the initial model, what travels of it. total: examples of all silos; None
+    is of those whose updates come first.
+    """
+
+    def __init__(self, rule: Any, params: Params, *, total: int | None = None) -> None:
+        self.rule, self.params, self.total = rule, dict(params), total
+
+    def __call__(self, updates: Iterable[Any]) -> Params:
+        found = list(updates)
+        examples = sum(update.num_examples for update in found)
+        self.total = self.total or examples
+        if len({update.silo for update in found}) < max(1, len(found)):
+            raise ValueError("a silo sent two updates; only one counts")
+        how = {"total": self.total, "metrics": ()}
+        parts = [encode(update, self.params, **how) for update in found]
+        for part in parts[1:]:
+            parts[0].plus(part)
+        return self.move(decode(parts[0], self.params, several=len(found), **how))
+
+    def move(self, mean: Any) -> Params:
+        """The next global model, from the average."""
+        self.params = self.rule(iter([mean]))
+        return self.params
+
+    def state_dict(self) -> Params:
+        inner = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
+        state = {f"rule.{name}": value for name, value in inner.items()}
+        state |= {f"model.{name}": value for name, value in self.params.items()}
+        return state | {"total": torch.tensor(self.total or 0)}
+
+    def load_state_dict(self, state: Params) -> None:
+        parts: dict[str, Params] = {"rule": {}, "model": {}}
+        for name, value in state.items():
+            kind, _, rest = name.partition(".")
+            parts.get(kind, {})[rest] = value
+        if hasattr(self.rule, "load_state_dict"):
+            self.rule.load_state_dict(parts["rule"])
+        self.params, self.total = parts["model"], int(state["total"]) or None
