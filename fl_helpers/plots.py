@@ -7,6 +7,7 @@ readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -245,4 +246,59 @@ def plot_victims(
     axis.axvline(0, color="0.4", ls="--")
     axis.set_yticks(range(len(gains)), list(gains))
     axis.set(xlabel=xlabel, ylim=(len(gains) - 0.5, -0.5))
+    return fig
+
+
+def plot_survival(curves: Mapping[str, Any], *, unit: str, xmax: float) -> Figure:
+    """Draw survival curves, known at the ends of intervals, each with its band.
+
+    curves: {label: a curve with .time, .share, .low and .high, as `survival.Curve`},
+    shares between 0 and 1. unit: of time. xmax: where the axis ends.
+    """
+    fig, axis = plt.subplots()
+    for color, (label, curve) in zip(COLORS, curves.items(), strict=False):
+        time = np.concatenate([[0], curve.time])
+        share, low, high = (
+            100 * np.concatenate([[1], part])
+            for part in (curve.share, curve.low, curve.high)
+        )
+        axis.fill_between(time, low, high, color=color, alpha=0.15, lw=0)
+        axis.plot(time, share, "o-", color=color, ms=4, lw=1.5, label=label)
+    axis.set(xlim=(0, xmax), ylim=(0, 101), xlabel=unit, ylabel="without event (%)")
+    axis.legend()
+    return fig
+
+
+def plot_forest(
+    estimates: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    xlabel: str,
+    truth: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw estimates with their intervals, a panel for each covariate.
+
+    estimates: {panel: {label: (estimate, low, high)}}, the same labels in all; ratios
+    on a logarithmic axis, on which 1 is marked. truth: {panel: value}, a dashed line.
+    """
+    height = 0.9 + 0.3 * max(len(rows) for rows in estimates.values())
+    size = (2.2 + 2 * len(estimates), height)
+    fig, axes = plt.subplots(
+        1, len(estimates), figsize=size, sharey=True, squeeze=False
+    )
+    for axis, (panel, rows) in zip(axes[0], estimates.items(), strict=True):
+        for place, (middle, low, high) in enumerate(rows.values()):
+            color = COLORS[0] if place < len(rows) - 1 else COLORS[1]
+            axis.plot([low, high], [place, place], color=color, lw=1.5)
+            axis.plot(middle, place, "o", color=color, ms=5)
+        axis.axvline(1, color="0.7", lw=1, zorder=0)
+        if truth:
+            axis.axvline(truth[panel], color=COLORS[2], ls="--", lw=1.2, zorder=0)
+        axis.set(xscale="log", xlabel=xlabel, title=panel)
+        low, high = axis.get_xlim()
+        ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10)
+        axis.set_xticks([tick for tick in ticks if low <= tick <= high])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.set_yticks(range(len(rows)), rows)
+    axes[0, 0].invert_yaxis()
     return fig
