@@ -305,12 +305,10 @@ def _look(path: Path) -> tuple[tuple[int, int], int, str | None]:
         file.seek(max(0, size - 64))  # some devices add a few bytes
         whole = end in file.read()
     with _opened(path) as image:
-        frames, mode, (width, height) = (
-            getattr(image, "n_frames", 1),
-            image.mode,
-            image.size,
-        )
-        turned = image.getexif().get(0x0112, 1) >= 5
+        frames, mode = getattr(image, "n_frames", 1), image.mode
+        width, height = image.size
+        # To look for a PNG's orientation, Pillow would decode all of it.
+        exif = {} if path.suffix.lower() == ".png" else image.getexif()
     if frames > 1 or mode[0] in "IF":
         raise ValueError(
             f"{path} has {frames} frame(s) of mode {mode}; save one 8-bit image per "
@@ -318,6 +316,7 @@ def _look(path: Path) -> tuple[tuple[int, int], int, str | None]:
         )
     if not whole:
         raise ValueError(f"cannot read {path} (cut short); replace or remove the file")
+    turned = exif.get(0x0112, 1) >= 5
     return ((width, height) if turned else (height, width)), 1, None
 
 
@@ -326,7 +325,9 @@ def _look_at_dicom(path: Path) -> tuple[tuple[int, int], int, str | None]:
 
     tags = ["Rows", "Columns", "NumberOfFrames", "PatientID", "BitsAllocated"]
     try:
-        head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        with path.open("rb") as file:
+            head = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+            start, size_of_file = file.tell(), file.seek(0, 2)
         size, frames = (head.Rows, head.Columns), int(head.get("NumberOfFrames", 1))
         packed = head.file_meta.TransferSyntaxUID.is_compressed
         needed = size[0] * size[1] * frames * head.BitsAllocated // 8
@@ -334,7 +335,7 @@ def _look_at_dicom(path: Path) -> tuple[tuple[int, int], int, str | None]:
         raise ValueError(
             f"cannot read {path} ({error}); replace or remove the file"
         ) from error
-    if not packed and path.stat().st_size < needed:
+    if not packed and size_of_file < start + needed:
         raise ValueError(f"cannot read {path} (cut short); replace or remove the file")
     return size, frames, head.get("PatientID") or None
 

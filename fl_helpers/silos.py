@@ -304,6 +304,9 @@ def _split_patients(
         nearer = np.abs(left).sum() < np.abs(wanted).sum()
         (test if nearer else train).append(rows)
         wanted = left if nearer else wanted
+    for few, many in ((test, train), (train, test)):
+        if not few and len(many) > 1:  # so few patients that none would do
+            few.append(many.pop())
     none = [np.array([], int)]  # so that there is something to join
     return train or none, test or none
 

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fl_helpers.images import (
+    Augmented,
+    ImageFiles,
+    index_images,
     load_image_folder,
     read_dicom,
 )
+from fl_helpers.silos import make_silos, partition_by_site, to_tensor
 
 # --------------------------------------------------------------------- image folders
 
@@ -227,3 +232,132 @@ def test_dicom_reads_files_of_real_devices():
         assert grey.shape == shape and grey.max() > 200 > 50 > grey.min()
     with pytest.raises(ValueError, match="RGB"):
         read_dicom(get_testdata_file("SC_rgb_small_odd.dcm", download=False))
+
+
+def test_dicom_gives_one_frame_or_all(tmp_path):
+    film = np.stack([RAMP, RAMP[::-1]])
+    path = write_dicom(tmp_path / "a.dcm", film)
+    assert read_dicom(path, window=(0, 4000)).shape == (2, 2, 2)
+    second = read_dicom(path, window=(0, 4000), frame=1)
+    assert second.tolist() == [[128, 255], [0, 64]]
+
+
+# ---- an index, and one image at a time
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Two hospitals' DICOM: signed, MONOCHROME1, rescaled, and a film of two frames."""
+    folder, size = tmp_path / "archive", (8, 8)
+    ramp = np.linspace(0, 4000, 64).reshape(size)
+    for where in ("North/well", "North/sick", "South/well", "South/sick"):
+        (folder / where).mkdir(parents=True)
+    write_dicom(folder / "North/well/1.dcm", ramp.astype(np.uint16))
+    inverse = (4000 - ramp).astype(np.uint16)
+    write_dicom(folder / "North/sick/2.dcm", inverse, kind="MONOCHROME1")
+    half = (ramp / 2 + 500).astype(np.int16)  # value = 2 * pixel - 1000
+    write_dicom(folder / "South/well/1.dcm", half, slope=2, intercept=-1000)
+    film = np.stack([ramp, ramp.T]).astype(np.uint16)
+    write_dicom(folder / "South/sick/3.dcm", film)
+    return folder
+
+
+def test_a_whole_folder_of_dicom_becomes_the_same_picture(archive):
+    index = index_images(archive)
+    assert index.site.tolist() == ["North"] * 2 + ["South"] * 3
+    assert index.classes == ("sick", "well") and index.y.tolist() == [0, 1, 0, 0, 1]
+    assert index.frames.tolist() == [-1, -1, 0, 1, -1]
+    assert (index.sizes == 8).all()
+    files = ImageFiles(index, window=(0, 4000))
+    ramp = 255 * np.linspace(0, 1, 64).reshape(8, 8)
+    wanted = [255 - (255 - ramp), ramp, ramp, ramp.T, ramp]
+    for row, picture in enumerate(wanted):  # MONOCHROME1 of 4000 - ramp is ramp again
+        assert np.abs(files.pixels(row).astype(int) - picture).max() <= 1.01
+    x, y = files[3]
+    assert x.shape == (1, 8, 8) and x.dtype == torch.float32 and y == 0
+    assert torch.equal(x, to_tensor(files.pixels(3)[None])[0])
+
+
+def test_patients_come_from_dicom_or_a_function(archive, tree):
+    for path in archive.glob("*/*/*.dcm"):
+        set_patient(path, f"P{path.stem}")
+    index = index_images(archive)
+    assert index.patient.tolist() == [
+        "North/P2", "North/P1", "South/P3", "South/P3", "South/P1"
+    ]  # fmt: skip
+    assert len(set(index_images(tree).patient)) == 4  # each file its own
+    one = index_images(tree, patient_of=lambda path: path.parent.name)
+    assert set(one.patient) == {"North/sick", "North/well", "South/sick"}
+
+
+def set_patient(path, name):
+    import pydicom
+
+    dataset = pydicom.dcmread(path)
+    dataset.PatientID = name
+    dataset.save_as(path)
+
+
+def test_an_index_reads_what_the_loader_in_memory_reads(tree):
+    index, images = index_images(tree), load_image_folder(tree, image_size=5)
+    files = ImageFiles(index, image_size=5)
+    assert np.array_equal(images.y, index.y) and np.array_equal(images.site, index.site)
+    assert torch.equal(
+        torch.stack([files[k][0] for k in range(4)]), to_tensor(images.x)
+    )
+    colour = ImageFiles(index, image_size=5, grayscale=False)
+    assert colour[0][0].shape == (3, 5, 5)
+
+
+@pytest.mark.parametrize("kind", [".png", ".jpg", ".dcm"])
+def test_a_file_that_was_cut_short_stops_or_is_skipped_and_named(tree, kind):
+    path = tree / "North/sick" / f"cut{kind}"
+    if kind == ".dcm":
+        write_dicom(path, np.zeros((6, 8), np.uint16))
+    else:
+        save_image(path)
+    assert len(index_images(tree)) == 5
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"cannot read .*cut{kind}"):
+        index_images(tree)
+    with pytest.warns(UserWarning, match=f"1 damaged files left out: .*cut{kind}"):
+        index = index_images(tree, damaged="skip")
+    assert len(index) == 4 and list(index.damaged) == [path]
+    with pytest.raises(ValueError, match="'stop' or 'skip', got 'ignore'"):
+        index_images(tree, damaged="ignore")
+
+
+def test_damage_inside_is_found_by_a_thorough_look_or_when_it_is_read(tree):
+    path = tree / "North/sick/z.png"
+    noise = np.random.default_rng(0).integers(256, size=(6, 8), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    spoiled = bytearray(path.read_bytes())
+    spoiled[spoiled.index(b"IDAT") + 8] ^= 0xFF
+    path.write_bytes(spoiled)
+    index = index_images(tree)  # header and end are whole
+    row = index.paths.index(path)
+    with pytest.raises(ValueError, match="cannot read .*z.png"):
+        ImageFiles(index)[row]
+    with pytest.raises(ValueError, match="cannot read .*z.png"):
+        index_images(tree, thorough=True)
+
+
+def test_augmentation_is_for_training_only(tree):
+    files = ImageFiles(index_images(tree))
+    flipped = Augmented(files, lambda x: x.flip(-1))
+    assert torch.equal(flipped[0][0], files[0][0].flip(-1)) and len(flipped) == 4
+    assert flipped[0][1] == files[0][1] and torch.equal(flipped.y, files.y)
+
+
+def test_silos_of_an_index_stay_on_the_disk(archive):
+    for path in archive.glob("*/*/*.dcm"):
+        set_patient(path, path.stem)
+    index = index_images(archive)
+    files = ImageFiles(index, window=(0, 4000))
+    parts = partition_by_site(index.site)
+    silos = make_silos(files, index.y, parts, test_share=0.5, seed=0,
+                       patients=index.patient)  # fmt: skip
+    north, south = silos
+    assert len(north.train) == len(north.test) == 1
+    assert south.name == "South" and {len(south.train), len(south.test)} == {1, 2}
+    assert sorted([*south.train.y.tolist(), *south.test.y.tolist()]) == [0, 0, 1]
