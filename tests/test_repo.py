@@ -32,7 +32,9 @@ by_name = dict(ids=lambda path: path.name)
 
 ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
     "comparison.py": {"scipy"},
-    "data.py": {"torchvision", "PIL", "pydicom"},
+    "data.py": {"torchvision"},
+    "images.py": {"PIL", "pydicom"},
+    "metrics.py": {"scipy"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},
     "privacy.py": {"opacus"},
