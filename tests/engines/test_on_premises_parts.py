@@ -314,6 +314,51 @@ def test_what_is_not_agreed_does_not_leave_at_all(kit, bad):
     assert not any(e["verdict"] == "accepted" for e in ledger(kit))
 
 
+def test_a_hospital_can_hold_updates_to_its_own_norm_limit(kit):
+    gate.allow(kit, SENT, metrics=["test_loss"], max_norm=1.0)
+    near, far = ({"w": STATE["w"] + step, "n": STATE["n"]} for step in (0.4, 0.6))
+    for params, code in ((near, "OK"), (far, "TASK_RESULT_FILTER_ERROR")):
+        made = make_reply(ReturnCode.OK)
+        update = Update("Hospital A", params, 10, {"test_loss": 0.5})
+        made["update"] = gate.Unreleased(update, 4, SENT)
+        # Four weights, each 0.4 or 0.6 further: norms 0.8 and 1.2.
+        assert through(kit, made).get_return_code() == code
+
+
+def test_a_hospital_of_secure_runs_lets_no_plain_update_out(kit):
+    gate.allow(kit, SENT, metrics=["test_loss"], secure=True)
+    assert through(kit, result()).get_return_code() == "TASK_RESULT_FILTER_ERROR"
+    made = result()
+    made["update"].seal = lambda update: Update("Hospital A", {"m": STATE["w"]}, 1, {})
+    sent = through(kit, made)
+    assert sent.get_return_code() == ReturnCode.OK and exchange.UPDATE in sent
+    (line,) = [e for e in ledger(kit) if e["what"] == "m"]
+    assert line["bytes"] == 16 and not any(e["what"] == "w" for e in ledger(kit))
+    bad = result(SENT | {"own": STATE["own"]})
+    bad["update"].seal = made["update"].seal  # the plain update is looked at first
+    assert through(kit, bad).get_return_code() == "TASK_RESULT_FILTER_ERROR"
+
+
+@pytest.mark.parametrize(
+    "what, content, code",
+    [
+        ("hello", b"x" * 20_000, "OK"),
+        ("mask", b"x" * 32, "OK"),
+        ("mask", b"x" * 33, "TASK_RESULT_FILTER_ERROR"),
+        ("hello", b"x" * 20_001, "TASK_RESULT_FILTER_ERROR"),
+        ("hello", "text", "TASK_RESULT_FILTER_ERROR"),
+        ("records", b"x", "TASK_RESULT_FILTER_ERROR"),
+    ],
+)
+def test_of_the_protocol_of_sums_two_short_messages_pass(kit, what, content, code):
+    made = make_reply(ReturnCode.OK)
+    made["update"] = gate.Spoken(what, content)
+    sent = through(kit, made)
+    assert sent.get_return_code() == code
+    passed = [e for e in ledger(kit) if e["verdict"] == "accepted"]
+    assert [e["what"] for e in passed] == ([what] if code == "OK" else [])
+
+
 def test_more_bytes_than_agreed_do_not_leave(kit):
     gate.allow(kit, SENT, metrics=["test_loss"], max_bytes=20)
     sent = through(kit, result())
