@@ -349,14 +349,15 @@ def spending_table(
     rounds: Iterable[Mapping[str, Any]], budget: Budget, *, mechanism: str = "DP-SGD"
 ) -> list[dict[str, Any]]:
     """What each silo had spent after each round: rows with silo, round (from 0),
-    mechanism, epsilon (so far), remaining. rounds: `History.rounds`, with each silo's
-    epsilon in its training metrics."""
+    mechanism, epsilon (so far), remaining, and its `advantage`. rounds:
+    `History.rounds`, with each silo's epsilon in its training metrics."""
     rows = []
     for record in rounds:
         for silo, metrics in sorted(record["train"].items()):
             row = {"silo": silo, "round": record["round"], "mechanism": mechanism}
             row["epsilon"] = metrics["epsilon"]
-            rows.append(row | {"remaining": budget.epsilon - metrics["epsilon"]})
+            row["remaining"] = budget.epsilon - metrics["epsilon"]
+            rows.append(row | advantage(metrics["epsilon"], budget.delta))
     return rows
 
 

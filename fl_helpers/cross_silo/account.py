@@ -178,3 +178,7 @@ def _append(file: Any, line: Mapping[str, Any]) -> None:
     if file.write(text.encode()) != len(text):
         raise OSError("the account's disk is full; nothing was trained")
     os.fsync(file.fileno())
+    if not size and hasattr(os, "O_DIRECTORY"):  # the file's name is new, too
+        folder = os.open(Path(file.name).parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)

@@ -77,7 +77,8 @@ def private_client(data: Path, settings: dict[str, Any], place: Place) -> Client
     ) -> Any:
         turn = account.turn(place.run, round_index)  # not rng: its seed is the run's
         how = {"mechanism": mechanism, "account": turn, "lr": settings["lr"]}
-        return privacy.train_privately(with_weights(params), silo, **how)
+        done = privacy.train_privately(with_weights(params), silo, **how)
+        return replace(done, metrics={"steps": float(steps)})  # epsilon: in the account
 
     def test(params: dict[str, Tensor], silo: Silo) -> dict[str, float]:
         found = evaluate(with_weights(params), silo.test)
