@@ -85,8 +85,8 @@ class SiloAccount:
         left = advantage(self.epsilon, self.budget.delta)
         return (
             f"{self.silo}: epsilon {self.epsilon:.2f} of {self.budget.epsilon:g} is "
-            f"spent (delta {self.budget.delta:g}), in {len(self.lines)} rounds of "
-            f"{len(runs)} runs. Who thought it as likely as not that a patient's "
+            f"spent (delta {self.budget.delta:g}); rounds: {len(self.lines)}, runs: "
+            f"{len(runs)}. Who thought it as likely as not that a patient's "
             f"record was used can be sure to {100 * left['certainty']:.0f} % at most, "
             "and who accepts 1 % of false alarms finds "
             f"{100 * left['found']:.0f} % of patients at most."
