@@ -88,3 +88,13 @@ def holds(per_silo: Mapping[str, Sequence[float]]) -> bool:
     everyone = paired_interval(np.mean([*per_silo.values()], axis=0))
     others = without_each(per_silo).values()
     return min(everyone.low, *(interval.low for interval in others)) > 0
+
+
+def judge(per_silo: Mapping[str, Sequence[float]]) -> tuple[Interval, bool]:
+    """The interval of the mean over silos, and whether it is clear in either direction.
+
+    Clear: `holds`, for the differences or for their negatives.
+    """
+    lost = {silo: -np.asarray(values) for silo, values in per_silo.items()}
+    everyone = paired_interval(np.mean([*per_silo.values()], axis=0))
+    return everyone, holds(per_silo) or holds(lost)

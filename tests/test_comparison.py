@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fl_helpers.comparison import holds, paired_interval, share_interval, without_each
+from fl_helpers.comparison import (
+    holds,
+    judge,
+    paired_interval,
+    share_interval,
+    without_each,
+)
 
 
 def test_the_interval_is_the_one_of_the_t_test():
@@ -63,3 +69,13 @@ def test_a_gain_of_everybody_holds():
 def test_leaving_the_only_silo_out_is_refused():
     with pytest.raises(ValueError, match="leaves nobody"):
         without_each({"A": [1.0, 2.0]})
+
+
+def test_judged_in_both_directions():
+    steady = {"A": [1.0, 1.1, 0.9], "B": [2.0, 2.1, 1.9], "C": [3.0, 3.1, 3.0]}
+    carried = {"A": [0.1, -0.1, 0.0], "B": [-0.1, 0.1, 0.0], "C": [7.4, 7.5, 7.6]}
+    for sign in (1, -1):  # a loss is judged as its gain is
+        turned = {k: [sign * v for v in values] for k, values in steady.items()}
+        found, clear = judge(turned)
+        assert found.mean == pytest.approx(sign * 18.1 / 9) and clear
+        assert not judge({k: [sign * v for v in x] for k, x in carried.items()})[1]
