@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,26 @@ def mlp(
         size = units
     head = nn.Linear(size, num_classes)
     return nn.Sequential(OrderedDict(body=nn.Sequential(*layers), head=head))
+
+
+class Ensemble(nn.Module):
+    """Several models as one: its logits are the log of their mean class probability.
+
+    Of local models it is a federation without rounds: each silo sends its model once,
+    and nothing is averaged but the answers. models: same inputs, same classes; they
+    are kept, not copied.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        if not self.models:
+            raise ValueError("an ensemble needs at least one model, got none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, num_classes] for inputs x [N, ...]."""
+        answers = torch.stack([model(x).log_softmax(dim=1) for model in self.models])
+        return answers.logsumexp(dim=0) - math.log(len(self.models))
 
 
 def torchvision_model(

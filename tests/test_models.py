@@ -1,3 +1,4 @@
+import math
 import pickle
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from torch import nn
 
 from fl_helpers.models import (
+    Ensemble,
     _replace_stem,
     check_model,
     freeze,
@@ -201,3 +203,19 @@ def test_freezing_goes_up_to_a_layer():
             ValueError, match=rf"such as one of \['body'\], got '{name}'"
         ):
             freeze(small_cnn(3), up_to=name)
+
+
+def test_an_ensemble_averages_the_answers():
+    class Says(nn.Module):
+        def __init__(self, odds):
+            super().__init__()
+            self.odds = odds
+
+        def forward(self, x):
+            return torch.tensor([[math.log(self.odds), 0.0]]).expand(len(x), 2)
+
+    both = Ensemble([Says(9.0), Says(1.0)])  # 90 % and 50 % for the first class: 70 %
+    expected = torch.tensor([0.7, 0.3]).expand(3, 2)
+    torch.testing.assert_close(both(torch.zeros(3, 1)).softmax(dim=1), expected)
+    with pytest.raises(ValueError, match="at least one"):
+        Ensemble([])

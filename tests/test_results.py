@@ -150,6 +150,48 @@ def test_who_lost_much_was_far_and_some_who_were_far_gained(points):
     assert (gain[far > 0.5] > 3).sum() >= 3
 
 
+AGAINST_DRIFT = ["FedAvg, twice as often", "FedProx", "SCAFFOLD", "FedNova"]
+
+
+def test_nothing_against_drift_is_clearly_better_anywhere(points):
+    for place in points.index.unique("federation"):
+        for strategy in AGAINST_DRIFT:
+            assert not holds(differences(points, place, strategy, "FedAvg"))
+
+
+def test_own_statistics_do_nothing_where_scanners_are_alike(points):
+    alike = ["synthetic: nothing", "pneumoniamnist: Dirichlet 100", *LABELS]
+    for place in alike:
+        found = interval(points, place, "Own statistics", "FedAvg")
+        assert abs(found.mean) < 1.2 and found.low > -3
+
+
+def test_what_was_clear_is_run_again_on_seeds_that_nothing_used():
+    used = pd.concat(
+        pd.read_csv(RESULTS / name)
+        for name in ("strategies.csv", "strategies_tuning.csv")
+    )
+    again = pd.read_csv(RESULTS / "strategies_confirmed.csv")
+    runs = {key: set(rows.seed) for key, rows in used.groupby("dataset")}
+    for dataset, rows in again.groupby("dataset"):
+        assert set(rows.seed).isdisjoint(runs[dataset])
+    clear = strategies.clear_gains(pd.read_csv(RESULTS / "strategies.csv"))
+    assert sum(map(len, clear.values())) == 7
+    by = again.groupby(["dataset", "differ"]).strategy.unique()
+    for place, found in by.items():
+        assert set(found) <= {"FedAvg", *clear[place]}
+
+
+def test_fresh_seeds_confirm_what_was_clear():
+    again = pd.read_csv(RESULTS / "strategies_confirmed.csv")
+    index = ["federation", "silo", "seed"]
+    again = 100 * again.pivot_table("balanced_accuracy", index, "strategy")
+    for place, rows in again.groupby("federation"):
+        for strategy in rows.columns[rows.notna().all()].drop("FedAvg"):
+            gain = interval(again, place, strategy, "FedAvg")
+            assert gain.wins == gain.n >= 3 and gain.mean > 1
+
+
 @pytest.mark.parametrize("strategy", strategies.strategies_for("heart_disease"))
 def test_the_grid_computes_its_committed_rows(strategy):
     """The smallest federation again, first seed: the rows in strategies.csv."""
