@@ -13,6 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+APPROACH_COLORS = {  # the same colour for the same approach in every figure
+    "local": "#0072B2",
+    "federated": "#E69F00",
+    "centralized": "#009E73",
+    "ensemble": "#CC79A7",
+}
 STYLE = {
     "figure.figsize": (6, 3.5),
     "figure.dpi": 100,
@@ -124,24 +130,28 @@ def plot_rounds(
     *,
     references: Mapping[str, float] | None = None,
     ylabel: str = "balanced accuracy (%)",
-    ylim: tuple[float, float] = (0, 100),
+    ylim: tuple[float, float] | None = (0, 100),
 ) -> Figure:
     """Draw a metric in percent over rounds: thin per silo, thick mean, dashed levels.
 
-    per_silo: {silo name: one value per round}; references: {label: level}.
+    per_silo: {silo name: one value per round}; references: {approach: level}, named at
+    the right edge, and then the silos are grey. ylim: None zooms in on the values.
     """
     fig, axis = plt.subplots()
     curves = np.array(list(per_silo.values()))  # [silos, rounds]
     rounds = np.arange(1, curves.shape[1] + 1)
     for name, curve in zip(per_silo, curves, strict=True):
-        axis.plot(rounds, curve, lw=1, alpha=0.8, label=name)
-    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color="black", label="mean")
-    for (label, level), style in zip(
-        (references or {}).items(), ("--", ":", "-."), strict=False
-    ):
-        axis.axhline(level, ls=style, color="0.35", lw=1.5, label=label)
+        look = {"color": "0.75"} if references else {"label": name, "alpha": 0.8}
+        axis.plot(rounds, curve, lw=1, **look)
+    color = APPROACH_COLORS["federated"] if references else "black"
+    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color=color, label="mean")
+    for label, level in (references or {}).items():
+        color, edge = APPROACH_COLORS.get(label, "0.35"), axis.get_yaxis_transform()
+        axis.axhline(level, ls="--", color=color, lw=1.5, label=label)
+        axis.text(1.01, level, label, color=color, va="center", transform=edge)
     axis.set(xlabel="communication round", ylabel=ylabel, ylim=ylim)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if not references:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -157,16 +167,18 @@ def plot_comparison(
     names = list(next(iter(results.values())))
     fig, axis = plt.subplots(figsize=(6.5, 1.2 + 0.62 * len(names)))
     offsets = np.linspace(-0.24, 0.24, len(results))
+    spare = [c for c in COLORS if c not in {APPROACH_COLORS.get(a) for a in results}]
     for k, (approach, silos) in enumerate(results.items()):
+        color = APPROACH_COLORS.get(approach) or spare.pop(0)
         for i, name in enumerate(names):
             y, values = i + offsets[k], np.asarray(silos[name])
             label = approach if i == 0 else None
-            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=COLORS[k])
+            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=color)
             axis.plot(
                 [values.mean()] * 2,
                 [y - 0.1, y + 0.1],
                 lw=3,
-                color=COLORS[k],
+                color=color,
                 label=label,
             )
         if i % 2 == 0:

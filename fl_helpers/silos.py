@@ -111,6 +111,30 @@ def partition_dirichlet(
     )
 
 
+def partition_by_counts(
+    y: np.ndarray, counts: Mapping[str, Sequence[int]], *, seed: int
+) -> Partition:
+    """Give each silo exactly so many rows of each class, drawn at random.
+
+    counts: {silo: rows per class}, at least one row per silo. Rows that nobody asks for
+    go to nobody. Raises ValueError, naming the class, if there are too few rows."""
+    _check_labels(y, len(counts))
+    table = np.array([list(row) for row in counts.values()])
+    if table.ndim != 2 or (table < 0).any() or not table.sum(axis=1).all():
+        raise ValueError(f"each silo needs a row of some class, got {dict(counts)}")
+    rng, pieces = np.random.default_rng(seed), []
+    for k, wanted in enumerate(table.T):
+        rows = rng.permutation(np.flatnonzero(y == k))
+        if wanted.sum() > len(rows):
+            raise ValueError(
+                f"class {k} has {len(rows)} rows, the silos want {wanted.sum()}; ask "
+                "for fewer"
+            )
+        pieces.append(np.split(rows, np.cumsum(wanted))[:-1])
+    parts = [np.sort(np.concatenate(own)) for own in zip(*pieces, strict=True)]
+    return dict(zip(counts, parts, strict=True))
+
+
 def partition_by_site(site: np.ndarray) -> Partition:
     """Keep each hospital's rows together: the natural federation. site: str [N]."""
     if len(site) == 0:

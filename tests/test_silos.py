@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fl_helpers.silos import (
     make_silos,
+    partition_by_counts,
     partition_by_quantity,
     partition_by_site,
     partition_dirichlet,
@@ -227,3 +228,26 @@ def test_scaled_columns_are_in_spreads_from_the_mean_and_the_rest_stays():
     values = sorted(silo.train.x[:, 0].tolist() + silo.test.x[:, 0].tolist())
     assert values == [-1.5, -0.5, 0.5, 1.5] and not silo.train.x[:, 1].any()
     assert before[0].train.x[:, 1].eq(5).all() and silo.train.y is before[0].train.y
+
+
+def test_counts_are_dealt_exactly_and_the_rest_to_nobody():
+    wanted = {"A": [270, 100, 0], "B": [30, 0, 60]}  # of 300, 200 and 100
+    partition = partition_by_counts(Y, wanted, seed=0)
+    assert counts(partition).tolist() == [[270, 100, 0], [30, 0, 60]]
+    together = np.concatenate(list(partition.values()))
+    assert len(set(together)) == len(together) == 460
+    other = partition_by_counts(Y, wanted, seed=1)
+    assert not np.array_equal(partition["A"], other["A"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"A": [0, 201, 0]}, "class 1 has 200 rows, the silos want 201"),
+        ({"A": [1, 0, 0], "B": [0, 0, 0]}, "a row of some class"),
+        ({"A": [-1, 2, 0]}, "a row of some class"),
+    ],
+)
+def test_counts_that_cannot_be_dealt_are_refused(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        partition_by_counts(Y, wanted, seed=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import numpy as np
+import papermill
 import pytest
 
 from fl_helpers import plots
@@ -33,7 +34,6 @@ def test_an_unknown_notebook_is_an_error():
 
 
 def test_values_from_the_command_line_are_read_as_python(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from notebooks import literal
 
     assert literal("(1, 2)") == [1, 2] and isinstance(literal("(1, 2)"), list)
@@ -43,7 +43,6 @@ def test_values_from_the_command_line_are_read_as_python(monkeypatch):
 @pytest.fixture
 def notebooks(monkeypatch, tmp_path):
     """The runner, with notebooks that all take 61 seconds, and a page of its own."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tools")])
     import notebooks
 
     (tmp_path / "page.md").write_text(notebooks.PAGE.read_text())
@@ -59,7 +58,34 @@ def notebooks(monkeypatch, tmp_path):
 
 def test_the_table_says_what_was_slower_than_its_card(notebooks, capsys):
     assert notebooks.run(notebooks.select(["01"]), {}) == 0  # slow is no error
-    assert "61       1 min, slower  accuracy 90" in capsys.readouterr().out
+    assert " 61  1 min, slower  accuracy 90" in capsys.readouterr().out
+
+
+def test_a_row_is_printed_when_its_notebook_is_done(notebooks, capsys):
+    printed = []
+    notebooks.execute = lambda *_: printed.append(capsys.readouterr().out) or 9.0
+    assert notebooks.run(notebooks.select(["01", "10"]), {}) == 0
+    assert "Learn" in printed[0] and "01_centralized_baseline" not in printed[0]
+    assert "01_centralized_baseline" in printed[1] and "Run for real" in printed[1]
+
+
+def test_a_notebook_that_fails_has_a_row_and_others_go_on(notebooks, capsys):
+    def execute(path, *_):
+        if path.name.startswith("01"):
+            raise papermill.PapermillExecutionError(0, 3, "", "ValueError", "no", [])
+        return 9.0
+
+    notebooks.execute = execute
+    assert notebooks.run(notebooks.select(["01", "02"]), {}) == 1
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "failed" in first and "cell 3: ValueError: no" in first
+    assert "02_hospitals_and_their_data" in second and " 9 " in second
+
+
+def test_each_notebook_belongs_to_one_part(notebooks):
+    found = {part: notebooks.select([], part) for part in notebooks.PARTS}
+    assert sum(found.values(), []) == notebooks.select([])
+    assert [path.name[:2] for path in found["learn"]] == ["01", "02", "03", "04", "05"]
 
 
 def test_timings_fail_above_the_card_and_keep_other_rows(notebooks, capsys):

@@ -14,14 +14,16 @@ from torchvision.ops import StochasticDepth
 
 from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.training import (
+    PlainSGD,
     ProximalTerm,
+    Step,
     classification_metrics,
     cosine_lr,
     evaluate,
+    norm_entries,
     num_steps,
     reestimate_statistics,
     train_locally,
-    train_together,
 )
 
 
@@ -41,7 +43,7 @@ def test_one_step_is_plain_gradient_descent():
     silo = SimpleNamespace(
         name="a", train=(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
     )
-    options = dict(lr=0.01, momentum=0, weight_decay=0)
+    options = dict(lr=0.01, step=Step(PlainSGD(0, 0)))
     update = train(model, silo, loss_fn=nn.functional.mse_loss, **options)
     assert update.params["weight"].item() == pytest.approx(3 - 0.01 * 20)
     assert update.metrics == {"train_loss": 25.0, "steps": 1.0}
@@ -52,7 +54,7 @@ def test_equals_a_hand_written_loop_bit_for_bit(silos):
     torch.manual_seed(0)
     mine = batchnorm_model()
     theirs = copy.deepcopy(mine)
-    update = train(mine, silos[0], epochs=2, momentum=0.9, weight_decay=1e-4)
+    update = train(mine, silos[0], epochs=2, step=Step(PlainSGD(0.9, 1e-4)))
     optimizer = torch.optim.SGD(
         theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-4
     )
@@ -81,7 +83,7 @@ def test_proximal_term_is_the_gradient_of_its_penalty(silos):
     mine, start = linear_model(), None
     start = copy.deepcopy(mine)
     theirs = copy.deepcopy(mine)
-    options = dict(momentum=0, weight_decay=0, batch_size=20, epochs=1, lr=0.1)
+    options = dict(step=Step(PlainSGD(0, 0)), batch_size=20, epochs=1, lr=0.1)
     near = ProximalTerm(mine, 0.7)
     update = train(mine, silos[0], adjust_gradients=near, **options)
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
@@ -162,10 +164,9 @@ def test_metrics_equal_scikit_learn(num_classes):
     rng_ = np.random.default_rng(0)
     y = rng_.integers(num_classes, size=300)
     scores = rng_.normal(size=(300, num_classes)) + 1.5 * np.eye(num_classes)[y]
-    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    p = p.round(1) + 1e-3  # many ties
-    p /= p.sum(1, keepdims=True)
-    got = classification_metrics(torch.tensor(p), torch.tensor(y))
+    logits = torch.tensor(scores).round()  # many ties
+    p = logits.softmax(1).numpy()
+    got = classification_metrics(logits, torch.tensor(y))
     said = p.argmax(1)
     auroc = (
         sk.roc_auc_score(y, p[:, 1])
@@ -186,7 +187,7 @@ def test_metrics_equal_scikit_learn(num_classes):
 
 def test_an_absent_class_is_not_counted():
     p = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
-    got = classification_metrics(p, torch.tensor([0, 1, 1]))  # class 2 absent
+    got = classification_metrics(p.log(), torch.tensor([0, 1, 1]))  # class 2 absent
     assert np.isnan(got["sensitivity_2"])
     assert got["balanced_accuracy"] == pytest.approx(0.75)  # (1/1 + 1/2) / 2
 
@@ -225,7 +226,7 @@ def test_momentum_and_weight_decay_by_hand():
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 3.0)
     data = torch.tensor([[2.0]]), torch.tensor([[1.0]])
-    options = dict(loss_fn=nn.functional.mse_loss, momentum=0.5, weight_decay=0.1)
+    options = dict(loss_fn=nn.functional.mse_loss, step=Step(PlainSGD(0.5, 0.1)))
     silo = SimpleNamespace(name="a", train=data)
     update = train(model, silo, lr=0.01, epochs=2, **options)
     expected = 2.797 - 0.01 * (0.5 * 20.3 + 18.6557)
@@ -299,7 +300,7 @@ def test_the_same_loss_function_serves_training_and_evaluation(silos):
 
 def test_a_class_that_is_alone_has_no_auroc_and_no_specificity():
     got = classification_metrics(
-        torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.zeros(2).long()
+        torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log(), torch.zeros(2).long()
     )
     assert got["sensitivity_0"] == got["balanced_accuracy"] == got["accuracy"] == 0.5
     assert got["specificity_1"] == 0.5  # one of two negatives of class 1 is called so
@@ -460,57 +461,12 @@ def test_reestimating_changes_buffers_of_batchnorm_only(silos):
         reestimate_statistics(model, silos[0].train[0][:1])
 
 
-def unequal_silos(sizes=(40, 13, 8, 31)):
-    draws = torch.Generator().manual_seed(1)
-    x = [torch.randn(n, 6, generator=draws) for n in sizes]
-    labels = [torch.arange(n) % 2 for n in sizes]
-    return [
-        SimpleNamespace(name=f"s{k}", train=part)
-        for k, part in enumerate(zip(x, labels, strict=True))
-    ]
-
-
-def small_mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-@pytest.mark.parametrize("epochs", [0.5, 2.5])  # 5, 2, 2, 4 and 12, 2, 2, 8 steps
-def test_silos_trained_together_are_as_if_each_trained_alone(epochs):
-    silos, how = unequal_silos(), dict(epochs=epochs, lr=0.1, batch_size=8)
-    models = [small_mlp() for _ in silos]
-    for k, model in enumerate(models):  # silos need not start from the same point
-        nn.init.constant_(model[2].bias, 0.1 * k)
-    starts = [copy.deepcopy(model.state_dict()) for model in models]
-    turns = list(zip(starts, silos, map(rng, range(4)), strict=True))
-    found = train_together(small_mlp(), turns, **how)
-    for k, (model, silo, update) in enumerate(zip(models, silos, found, strict=True)):
-        assert all(v.equal(starts[k][n]) for n, v in model.state_dict().items())
-        alone = train_locally(model, silo, rng=rng(k), **how)
-        assert (update.silo, update.num_examples) == (silo.name, alone.num_examples)
-        assert update.metrics == pytest.approx(alone.metrics, rel=1e-5)
-        for name, value in alone.params.items():
-            torch.testing.assert_close(update.params[name], value)
-
-
-def test_what_cannot_be_trained_together_is_refused():
-    silos = unequal_silos()
-
-    def together(model, batch_size=8, lr=0.1):
-        turns = [(model.state_dict(), silo, rng()) for silo in silos]
-        how = dict(epochs=1, batch_size=batch_size, lr=lr)
-        return train_together(model, turns, **how)
-
-    with pytest.raises(ValueError, match="silo 's2' has 8 examples, batch_size is 9"):
-        together(small_mlp(), batch_size=9)
-    with pytest.raises(ValueError, match="buffers .*running_mean"):
-        together(nn.Sequential(nn.BatchNorm1d(6), small_mlp()))
-    with pytest.raises(ValueError, match="draws numbers: True"):
-        together(nn.Sequential(nn.Dropout(), small_mlp()))
-    frozen = small_mlp()
-    frozen[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen .*0.weight"):
-        together(frozen)
-    silos[1].train[0][0] = float("nan")
-    with pytest.raises(FloatingPointError, match="diverged in silo 's1'"):
-        together(small_mlp())
+def test_norm_entries_finds_every_kind():
+    model = torch.nn.Sequential(
+        torch.nn.GroupNorm(1, 4),
+        torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)),
+        torch.nn.InstanceNorm1d(4, affine=True),
+    )
+    names = {"0.weight", "0.bias", "1.0.weight", "1.0.bias", "2.weight", "2.bias"}
+    assert set(norm_entries(model)) == names
+    assert norm_entries(torch.nn.Linear(2, 2)) == []
