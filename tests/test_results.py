@@ -360,6 +360,33 @@ def test_krum_pays_for_what_it_resists(attacked):
     assert (one < calm - 8).all()
 
 
+def test_a_little_wins_against_the_rules_that_should_stop_it(attacked):
+    """Two quiet liars: worse with a rule than with the plain average, in every seed."""
+    table = pd.read_csv(RESULTS / "poisoning.csv").query("attack == 'a little'")
+    by_seed = 100 * table.pivot_table("balanced_accuracy", "seed", "rule")
+    lost = by_seed.sub(by_seed["weighted average"], axis=0)
+    assert (lost[["Krum", "Multi-Krum", "median", "trimmed mean"]] < 0).all(axis=None)
+    mean = attacked.balanced_accuracy["a little", 2, 0.25]
+    assert mean["Krum"] < 61 and mean["Multi-Krum"] < 65 and mean["median"] < 73
+    calm = attacked.balanced_accuracy["none", 0, 0.25, "weighted average"]
+    assert calm - 2 < mean["weighted average"]
+
+
+def test_what_rules_cost_when_nobody_lies():
+    table = pd.read_csv(RESULTS / "poisoning.csv").query("malicious == 0")
+    by = ["heterogeneity", "seed"]
+    points = 100 * table.pivot_table("balanced_accuracy", by, "rule")
+    cost = points.sub(points["weighted average"], axis=0)
+    assert cost["Krum"].between(-26.1, -9.1).all()  # "9 to 26"
+    assert cost["Krum"].min() < -26 and cost["Krum"].max() > -9.5
+    cheap = [*EQUAL_VOTES, "norm clipping", "equal votes"]
+    for level in (0.0, 0.25):
+        intervals = {rule: paired_interval(cost.loc[level, rule]) for rule in cheap}
+        assert min(interval.mean for interval in intervals.values()) > -1
+        clear = [rule for rule, interval in intervals.items() if interval.high < 0]
+        assert clear == (["geometric median"] if level == 0 else [])
+
+
 def test_the_poisoning_experiment_is_complete():
     keys = list(poisoning.COLUMNS[:5])
     table = pd.read_csv(RESULTS / "poisoning.csv")
