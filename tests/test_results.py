@@ -110,6 +110,18 @@ def test_other_scanners_can_make_fedavg_worse_than_staying_alone(points):
             assert not holds(differences(points, place, strategy, "FedAvg"))
 
 
+def test_hospitals_gained_by_fedavg_in_eight_of_ten_federations(points):
+    """What a plan can look up; whoever gained least there may still have lost."""
+    places = set(points.index.unique("federation"))
+    gained = {p for p in places if interval(points, p, "FedAvg", "Local").low > 0}
+    assert len(places) == 10 and places - gained == set(SCANNERS)
+    least = []
+    for place in gained:
+        gains = differences(points, place, "FedAvg", "Local")
+        least.append(min(np.mean(values) for values in gains.values()))
+    assert round(min(least), 1) == -4.0 and round(max(least), 1) == 3.1
+
+
 def test_other_label_mixes_leave_nothing_clear_to_repair(points):
     for place in LABELS:
         assert interval(points, place, "FedAvg", "Local").low > 2
