@@ -110,6 +110,18 @@ def test_other_scanners_can_make_fedavg_worse_than_staying_alone(points):
             assert not holds(differences(points, place, strategy, "FedAvg"))
 
 
+def test_hospitals_gained_by_fedavg_in_eight_of_ten_federations(points):
+    """What a plan can look up; whoever gained least there may still have lost."""
+    places = set(points.index.unique("federation"))
+    gained = {p for p in places if interval(points, p, "FedAvg", "Local").low > 0}
+    assert len(places) == 10 and places - gained == set(SCANNERS)
+    least = []
+    for place in gained:
+        gains = differences(points, place, "FedAvg", "Local")
+        least.append(min(np.mean(values) for values in gains.values()))
+    assert round(min(least), 1) == -4.0 and round(max(least), 1) == 3.1
+
+
 def test_other_label_mixes_leave_nothing_clear_to_repair(points):
     for place in LABELS:
         assert interval(points, place, "FedAvg", "Local").low > 2
@@ -443,6 +455,33 @@ def test_krum_pays_for_what_it_resists(attacked):
         .dropna()
     )
     assert (one < calm - 8).all()
+
+
+def test_a_little_wins_against_the_rules_that_should_stop_it(attacked):
+    """Two quiet liars: worse with a rule than with the plain average, in every seed."""
+    table = pd.read_csv(RESULTS / "poisoning.csv").query("attack == 'a little'")
+    by_seed = 100 * table.pivot_table("balanced_accuracy", "seed", "rule")
+    lost = by_seed.sub(by_seed["weighted average"], axis=0)
+    assert (lost[["Krum", "Multi-Krum", "median", "trimmed mean"]] < 0).all(axis=None)
+    mean = attacked.balanced_accuracy["a little", 2, 0.25]
+    assert mean["Krum"] < 61 and mean["Multi-Krum"] < 65 and mean["median"] < 73
+    calm = attacked.balanced_accuracy["none", 0, 0.25, "weighted average"]
+    assert calm - 2 < mean["weighted average"]
+
+
+def test_what_rules_cost_when_nobody_lies():
+    table = pd.read_csv(RESULTS / "poisoning.csv").query("malicious == 0")
+    by = ["heterogeneity", "seed"]
+    points = 100 * table.pivot_table("balanced_accuracy", by, "rule")
+    cost = points.sub(points["weighted average"], axis=0)
+    assert cost["Krum"].between(-26.1, -9.1).all()  # "9 to 26"
+    assert cost["Krum"].min() < -26 and cost["Krum"].max() > -9.5
+    cheap = [*EQUAL_VOTES, "norm clipping", "equal votes"]
+    for level in (0.0, 0.25):
+        intervals = {rule: paired_interval(cost.loc[level, rule]) for rule in cheap}
+        assert min(interval.mean for interval in intervals.values()) > -1
+        clear = [rule for rule, interval in intervals.items() if interval.high < 0]
+        assert clear == (["geometric median"] if level == 0 else [])
 
 
 def test_the_poisoning_experiment_is_complete():
