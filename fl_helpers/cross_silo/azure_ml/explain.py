@@ -134,27 +134,27 @@ def draw_plan(plan: Plan) -> Any:
     row = {party: -k for k, party in enumerate(lanes)}
     at = {job.name: (column[job.name], row[job.party]) for job in plan.jobs}
     width = max(column.values()) + 1
-    size = (min(13, 2.6 + 1.05 * width), 1.1 + 0.72 * len(lanes))
+    size = (min(9.6, 2.6 + 0.9 * width), 0.9 + 0.8 * len(lanes))
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     for party, y in zip(lanes, row.values(), strict=True):
         style = dict(facecolor="#eef2f7" if y else "#fdf3e1", edgecolor="#667")
         lane = plt.Rectangle((-2.1, y - 0.42), width + 1.6, 0.84, zorder=0, **style)
         ax.add_patch(lane)
-        ax.text(-2.0, y + 0.3, party.name, weight="bold", va="top", fontsize=9)
+        ax.text(-2.0, y + 0.3, party.name, weight="bold", va="top", fontsize=10)
         held = f"data: {party.data}" if party.data else "no patient data"
-        ax.text(-2.0, y - 0.05, held, va="top", fontsize=7, color="#445")
+        ax.text(-2.0, y - 0.05, held, va="top", fontsize=9, color="#445")
     for job in plan.jobs:
         for flow in job.reads:
             if flow.producer:
                 _arrow(ax, at[flow.producer], at[job.name])
         label = job.kind
         if job.kind in ("train", "aggregate"):
-            label += f"\n{job.literals['round']}"
+            label += f"\nround {job.literals['round']}"
         box = dict(boxstyle="round,pad=0.3", facecolor="white", edgecolor="#334")
-        ax.text(*at[job.name], label, ha="center", va="center", fontsize=7, bbox=box)
-    for color, text in (("#1f77b4", "global model"), ("#d62728", "released by a silo")):
+        ax.text(*at[job.name], label, ha="center", va="center", fontsize=9, bbox=box)
+    for color, text in (("#0072B2", "global model"), ("#D55E00", "released by a silo")):
         ax.plot([], [], color=color, label=text)
-    ax.plot([], [], color="#aab", label="stays with its party")
+    ax.plot([], [], color="#889", label="stays with its party")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     ax.set(xlim=(-2.3, width - 0.3), ylim=(min(row.values()) - 0.55, 0.55))
     ax.axis("off")
@@ -172,7 +172,7 @@ def _columns(plan: Plan) -> dict[str, int]:
 
 def _arrow(ax: Any, start: tuple[int, int], end: tuple[int, int]) -> None:
     down, up = end[1] < start[1], end[1] > start[1]
-    color = "#1f77b4" if down else "#d62728" if up else "#aab"
-    style = dict(arrowstyle="-|>", color=color, lw=0.9, shrinkA=14, shrinkB=14)
+    color = "#0072B2" if down else "#D55E00" if up else "#889"
+    style = dict(arrowstyle="-|>", color=color, lw=0.9, shrinkA=16, shrinkB=16)
     style["alpha"] = 0.85
     ax.annotate("", xy=end, xytext=start, arrowprops=style, zorder=0.5)
