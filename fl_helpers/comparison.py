@@ -124,3 +124,13 @@ def _steady_rate(scores: Mapping[float, Sequence[float]]) -> float:
     means = [float(np.mean(scores[rate])) for rate in rates]
     pairs = [(a + b) / 2 for a, b in zip(means, means[1:], strict=False)]
     return rates[int(np.argmax(pairs))]
+
+
+def judge(per_silo: Mapping[str, Sequence[float]]) -> tuple[Interval, bool]:
+    """The interval of the mean over silos, and whether it is clear in either direction.
+
+    Clear: `holds`, for the differences or for their negatives.
+    """
+    lost = {silo: -np.asarray(values) for silo, values in per_silo.items()}
+    everyone = paired_interval(np.mean([*per_silo.values()], axis=0))
+    return everyone, holds(per_silo) or holds(lost)

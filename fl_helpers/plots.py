@@ -1,4 +1,4 @@
-"""The notebooks' figures: images, label mix, heat map, curves, comparisons, time line.
+"""The notebooks' figures: images, label mix, heat map, curves, gains, time line.
 
 Each function draws one figure and returns it; colours can be told apart by colour-blind
 readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from typing import Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -246,6 +247,47 @@ def plot_victims(
     axis.axvline(0, color="0.4", ls="--")
     axis.set_yticks(range(len(gains)), list(gains))
     axis.set(xlabel=xlabel, ylim=(len(gains) - 0.5, -0.5))
+
+
+class Gain(Protocol):
+    """A mean with its interval, such as `comparison.Interval`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def plot_gains(
+    panels: Mapping[str, Mapping[str, tuple[Gain, bool]]],
+    *,
+    xlabel: str,
+    xlim: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw gains with their intervals: one panel per entry, one line per row, 0 marked.
+
+    panels: {panel: {row: (gain, clear)}}, such as from `comparison.judge`; a panel may
+    lack rows. A clear gain has a full dot, green if better, red if worse; all others
+    are hollow and grey. xlim: cuts intervals off that are longer.
+    """
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    size = (
+        1.2 + 0.075 * max(map(len, rows)) + 2.1 * len(panels),
+        1.3 + 0.28 * len(rows),
+    )
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, sharex=True, squeeze=False
+    )
+    for axis, (title, gains) in zip(axes.flat, panels.items(), strict=True):
+        for row, (gain, clear) in gains.items():
+            color = (COLORS[2] if gain.mean > 0 else COLORS[5]) if clear else "0.55"
+            y, face = rows.index(row), color if clear else "white"
+            axis.plot([gain.low, gain.high], [y, y], lw=2, color=color)
+            axis.plot(gain.mean, y, "o", ms=6, mfc=face, mec=color)
+        axis.axvline(0, color="0.2", lw=1, zorder=0)
+        axis.set_title(title, fontsize=10)
+    axes[0, 0].set_yticks(range(len(rows)), rows)
+    axes[0, 0].set(ylim=(len(rows) - 0.5, -0.5), xlim=xlim)
+    fig.supxlabel(xlabel, fontsize=10)
     return fig
 
 

@@ -340,23 +340,23 @@ def advantage(epsilon: float, delta: float) -> dict[str, float]:
     before. found: the best share of patients found at 1 % of false alarms (Kairouz, Oh
     and Viswanath 2015, theorem 2.1)."""
     odds = math.exp(epsilon) if epsilon < 700 else math.inf
-    found = min(odds * 0.01 + delta, 1 - (0.99 - delta) / odds, 1.0)
-    certainty = 1 - 1 / (1 + odds)
-    return {"odds": odds, "certainty": certainty, "found": found}
+    found = _most_found(epsilon, delta, 0.01)
+    return {"odds": odds, "certainty": belief_after(0.5, epsilon), "found": found}
 
 
 def spending_table(
     rounds: Iterable[Mapping[str, Any]], budget: Budget, *, mechanism: str = "DP-SGD"
 ) -> list[dict[str, Any]]:
     """What each silo had spent after each round: rows with silo, round (from 0),
-    mechanism, epsilon (so far), remaining. rounds: `History.rounds`, with each silo's
-    epsilon in its training metrics."""
+    mechanism, epsilon (so far), remaining, and its `advantage`. rounds:
+    `History.rounds`, with each silo's epsilon in its training metrics."""
     rows = []
     for record in rounds:
         for silo, metrics in sorted(record["train"].items()):
             row = {"silo": silo, "round": record["round"], "mechanism": mechanism}
             row["epsilon"] = metrics["epsilon"]
-            rows.append(row | {"remaining": budget.epsilon - metrics["epsilon"]})
+            row["remaining"] = budget.epsilon - metrics["epsilon"]
+            rows.append(row | advantage(metrics["epsilon"], budget.delta))
     return rows
 
 
@@ -466,7 +466,11 @@ def most_found(budget: Budget, *, false_alarms: float = 0.01) -> float:
     """
     if not 0 <= false_alarms <= 1:
         raise ValueError(f"false_alarms must be 0 to 1, got {false_alarms}")
-    shrink = math.exp(-budget.epsilon)
+    return _most_found(budget.epsilon, budget.delta, false_alarms)
+
+
+def _most_found(epsilon: float, delta: float, false_alarms: float) -> float:
+    shrink = math.exp(-epsilon)
     by_factor = false_alarms / shrink if shrink else math.inf
-    rest = max(0.0, 1 - false_alarms - budget.delta)
-    return min(1.0, by_factor + budget.delta, 1 - shrink * rest)
+    rest = max(0.0, 1 - false_alarms - delta)
+    return min(1.0, by_factor + delta, 1 - shrink * rest)

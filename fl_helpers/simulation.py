@@ -612,7 +612,11 @@ def _divide(update: Any, own: Params) -> tuple[Any, Params]:
             f"{missing[:3]}"
         )
     sent = {name: value for name, value in update.params.items() if name not in own}
-    return replace(update, params=sent), {name: update.params[name] for name in own}
+    kept = {  # what did not change is in memory, and in a checkpoint, only once
+        name: old if old.equal(update.params[name]) else update.params[name]
+        for name, old in own.items()
+    }
+    return replace(update, params=sent), kept
 
 
 def _plain(metrics: Metrics) -> Metrics:

@@ -8,6 +8,7 @@ from scipy import stats
 
 from fl_helpers.comparison import (
     holds,
+    judge,
     paired_interval,
     share_interval,
     tuned_rates,
@@ -96,3 +97,13 @@ def test_a_set_without_rates_is_refused_with_those_that_have_them(tmp_path):
     path = write_scores(tmp_path, "a,1,0.1,local,0.5", "b,1,0.1,local,0.5")
     with pytest.raises(ValueError, match=r"'bloodmnist', only for a, b; .*tuning"):
         tuned_rates(path, "bloodmnist")
+
+
+def test_judged_in_both_directions():
+    steady = {"A": [1.0, 1.1, 0.9], "B": [2.0, 2.1, 1.9], "C": [3.0, 3.1, 3.0]}
+    carried = {"A": [0.1, -0.1, 0.0], "B": [-0.1, 0.1, 0.0], "C": [7.4, 7.5, 7.6]}
+    for sign in (1, -1):  # a loss is judged as its gain is
+        turned = {k: [sign * v for v in values] for k, values in steady.items()}
+        found, clear = judge(turned)
+        assert found.mean == pytest.approx(sign * 18.1 / 9) and clear
+        assert not judge({k: [sign * v for v in x] for k, x in carried.items()})[1]

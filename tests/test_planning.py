@@ -165,6 +165,17 @@ def test_uncertainty_of_a_sensitivity_in_the_plan_guide():
         assert points == f"± {true:.0f}"
 
 
+def test_patients_for_a_gain_in_the_plan_guide():
+    guide = (ROOT / "docs/plan-your-fl-project.md").read_text()
+    gains = re.search(r"gain, in points \| (.+) \|\n", guide)[1].split(" | ")
+    told = re.search(r"with the disease \| ([\d, |]+) \|\n\nA hosp", guide)[1].split(
+        " | "
+    )
+    assert "15 % of them" in " ".join(guide.split())
+    for gain, patients in zip(gains, told, strict=True):
+        assert patients == f"{patients_needed(int(gain) / 100, 0.15):,}"
+
+
 def test_anchors_of_the_plan_guide_exist():
     folder = ROOT / "docs"
     text = (folder / "plan-your-fl-project.md").read_text()

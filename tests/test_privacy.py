@@ -22,6 +22,7 @@ from fl_helpers.privacy import (
     BudgetExceeded,
     Mechanism,
     PrivateUpdate,
+    advantage,
     belief_after,
     dp_problems,
     epsilon_spent,
@@ -433,6 +434,7 @@ def test_spending_has_a_row_per_silo_and_round(silos):
         "mechanism": "DP-SGD",
         "epsilon": epsilon_spent(((1.0, 0.25, 6),), 1e-3),
         "remaining": 50 - epsilon_spent(((1.0, 0.25, 6),), 1e-3),
+        **advantage(epsilon_spent(((1.0, 0.25, 6),), 1e-3), 1e-3),
     }
 
 

@@ -1,4 +1,4 @@
-"""Every snippet of docs/recipes.md runs, on its own, with what the page takes for yours."""
+"""Every snippet of docs/recipes.md runs, with what the page takes for yours."""
 
 import re
 from pathlib import Path

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from fl_helpers.cross_silo.run import Run, from_plain, to_plain
+from fl_helpers.aggregation import SERVER_RULES
+from fl_helpers.cross_silo.run import NEED_THE_AVERAGE, Run, from_plain, to_plain
 from fl_helpers.exchange import Limits
+from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.simulation import Stop
 from fl_helpers.training import Update
 
@@ -32,11 +34,33 @@ def new_run(**more):
         ({"settings": {"f": print}}, "plain numbers and texts.*'f': a builtin"),
         ({"settings": {"lr": torch.tensor(0.1)}}, "give float"),
         ({"limits": Limits(norm_factor=3.0)}, "norm_factor is for `run_rounds` only"),
+        (
+            {"secure": True, "aggregate": "krum", "options": {"malicious": 1}},
+            "'krum' looks at each silo's update, which a secure run hides",
+        ),
+        (
+            {"secure": True, "aggregate": "FedNova", "trainable": ["w"]},
+            "'FedNova' looks at each silo's update",
+        ),
+        ({"secure": True, "quorum": 2}, "a quorum of 3 or more, got 2"),
     ],
 )
 def test_a_run_is_checked_before_it_is_sent(change, message):
     with pytest.raises(ValueError, match=message):
         new_run(**change)
+
+
+def test_every_rule_by_name_says_whether_it_can_be_secure():
+    """Those that are let in get no more than the average, as one update of all."""
+    update = Update("all silos", {"w": STATE["w"] + 1}, 30, {})
+    for name in NEED_THE_AVERAGE:
+        trained = {} if name == "weighted_average" else {"trainable": ["w"]}
+        state = {"w": STATE["w"]}
+        run = new_run(params=state, aggregate=name, secure=True, **trained)
+        assert not run.make_rule(state)(iter([update]))["w"].equal(state["w"])
+    known = {"weighted_average", *SERVER_RULES, *ROBUST_RULES}
+    refused = known - set(NEED_THE_AVERAGE)
+    assert refused == {"FedNova", "QFedAvg", *ROBUST_RULES}
 
 
 def test_what_travels_is_in_the_models_order():

@@ -35,7 +35,9 @@ from fl_helpers.training import (
     ProximalTerm,
     Step,
     evaluate,
+    frozen_entries,
     norm_entries,
+    sgd_client,
     train_locally,
 )
 
@@ -564,14 +566,13 @@ def test_resume_is_bit_identical_for_every_strategy(silos, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_number_of_workers_changes_no_strategy(silos, name):
-    one, three = (strategy_run(name, many(silos, 3), workers=n) for n in (1, 3))
-    assert all(torch.equal(one.params[key], three.params[key]) for key in one.params)
-    assert all(
-        torch.equal(one.local[silo][key], three.local[silo][key])
-        for silo in one.local
-        for key in one.local[silo]
-    )
+def test_workers_and_a_deadline_change_no_bit_of_a_strategy(silos, name):
+    one = strategy_run(name, many(silos, 3), workers=1)
+    for how in (dict(workers=3), dict(deadline=300.0, quorum=3)):
+        other = strategy_run(name, many(silos, 3), **how)
+        assert_equal(other.params, one.params)
+        for silo in one.local:
+            assert_equal(other.local[silo], one.local[silo])
 
 
 def test_a_used_rule_or_one_for_another_model_is_refused(silos):
@@ -679,3 +680,42 @@ def test_a_client_that_drops_its_own_entries_is_told(silos):
             trainer(linear_model, forgets),
             keep_local=["1.bias"],
         )
+
+
+def test_only_what_is_trained_travels(silos):
+    """A head on a frozen body: the bytes of the head, and the bits of sending all."""
+    frozen = start(batchnorm_model)
+
+    def half_frozen():
+        model = batchnorm_model()
+        model.load_state_dict(frozen)
+        model[:2].requires_grad_(False)
+        return model
+
+    client = sgd_client(half_frozen, epochs=1, lr=0.1, batch_size=8)
+    keep = frozen_entries(half_frozen())
+    run = dict(rounds=3, seed=0)
+    whole = play(frozen, silos, client, weighted_average, **run)
+    light = play(frozen, silos, client, weighted_average, keep_local=keep, **run)
+    assert_equal(light.params_of("a"), whole.params)
+    assert light.params.keys() == {"3.weight", "3.bias"}
+    assert light.bytes_sent == 3 * 2 * 2 * 4 * (196 * 2 + 2)  # float32, both ways
+    assert light.local["a"]["0.weight"] is light.local["b"]["0.weight"]  # one in memory
+
+
+def test_a_dataset_that_fails_costs_its_own_silo_only(silos):
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, row):
+            raise OSError("/archive/b/17.dcm is cut short")
+
+    silos[1].train = Broken()
+    client = sgd_client(linear_model, epochs=1, lr=0.1, batch_size=8)
+    how = dict(rounds=2, seed=0, quorum=1)
+    history = play(start(linear_model), silos, client, weighted_average, **how)
+    for record in history.rounds:
+        assert record["silos"] == ["a"]
+        assert "silo 'b', examples" in record["missing"]["b"]
+        assert "17.dcm is cut short" in record["missing"]["b"]

@@ -85,8 +85,8 @@ class SiloAccount:
         left = advantage(self.epsilon, self.budget.delta)
         return (
             f"{self.silo}: epsilon {self.epsilon:.2f} of {self.budget.epsilon:g} is "
-            f"spent (delta {self.budget.delta:g}), in {len(self.lines)} rounds of "
-            f"{len(runs)} runs. Who thought it as likely as not that a patient's "
+            f"spent (delta {self.budget.delta:g}); rounds: {len(self.lines)}, runs: "
+            f"{len(runs)}. Who thought it as likely as not that a patient's "
             f"record was used can be sure to {100 * left['certainty']:.0f} % at most, "
             "and who accepts 1 % of false alarms finds "
             f"{100 * left['found']:.0f} % of patients at most."
@@ -178,3 +178,7 @@ def _append(file: Any, line: Mapping[str, Any]) -> None:
     if file.write(text.encode()) != len(text):
         raise OSError("the account's disk is full; nothing was trained")
     os.fsync(file.fileno())
+    if not size and hasattr(os, "O_DIRECTORY"):  # the file's name is new, too
+        folder = os.open(Path(file.name).parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)

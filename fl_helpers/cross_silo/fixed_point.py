@@ -39,9 +39,9 @@ class Plain(NamedTuple):
     update: str = ""
 
     def digest(self) -> str:
-        return hashlib.sha256(
-            self.weights.tobytes() + self.numbers.tobytes()
-        ).hexdigest()
+        digest = hashlib.sha256(self.weights.data)
+        digest.update(self.numbers.data)
+        return digest.hexdigest()
 
     def add(self, key: bytes, *, plus: bool = True) -> None:
         """Add the keystream of a key, or take it away, in place."""

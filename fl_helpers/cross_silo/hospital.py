@@ -6,6 +6,7 @@ run sends plain settings, never code. An example, so it imports the helpers besi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fl_helpers.cross_silo.turn import Client, Place
-from fl_helpers.models import small_cnn
+from fl_helpers.models import mlp, small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.training import cosine_schedule, evaluate, sgd_client
 
@@ -34,6 +35,19 @@ def client(data: Path, settings: dict[str, Any]) -> Client:
         metrics=("balanced_accuracy", "auroc"),
     )
     return Client(load_silo(data), functions.update, functions.evaluate)
+
+
+def one_step_client(data: Path, settings: dict[str, Any]) -> Client:
+    """Train an `mlp` with one step on a few patients, as in an attack's best case.
+
+    settings: num_classes, patients.
+    """
+    silo, few = load_silo(data), int(settings["patients"])
+    train = Examples(silo.train.x[:few].flatten(1), silo.train.y[:few])
+    sizes = train.x.shape[1], int(settings["num_classes"])
+    how = {"epochs": 1, "lr": 0.1, "batch_size": few}
+    functions = sgd_client(lambda: mlp(*sizes, hidden=(64,)), **how)
+    return Client(replace(silo, train=train), functions.update)
 
 
 def private_client(data: Path, settings: dict[str, Any], place: Place) -> Client:
@@ -63,7 +77,8 @@ def private_client(data: Path, settings: dict[str, Any], place: Place) -> Client
     ) -> Any:
         turn = account.turn(place.run, round_index)  # not rng: its seed is the run's
         how = {"mechanism": mechanism, "account": turn, "lr": settings["lr"]}
-        return privacy.train_privately(with_weights(params), silo, **how)
+        done = privacy.train_privately(with_weights(params), silo, **how)
+        return replace(done, metrics={"steps": float(steps)})  # epsilon: in the account
 
     def test(params: dict[str, Tensor], silo: Silo) -> dict[str, float]:
         found = evaluate(with_weights(params), silo.test)

@@ -28,7 +28,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -44,6 +45,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fl_helpers.cross_silo.fixed_point import Plain
 from fl_helpers.cross_silo.run import SMALLEST_SET
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time
+    fcntl = None
 
 HELLO, ANSWERED, PLAIN = "hello.json", "answered.jsonl", "plain.npz"  # of a run
 OPENED = "opened.jsonl"  # of all runs of a silo, one folder above
@@ -330,6 +336,10 @@ class Member:
 
     def answer(self, asked: Question, plain: Plain) -> Plain:
         """The same with all masks; on the disk, before it is returned, that it was."""
+        with self._alone():
+            return self._answer(asked, plain)
+
+    def _answer(self, asked: Question, plain: Plain) -> Plain:
         self.check(asked)
         digest, before = plain.digest(), self._answered(asked)
         if any(line["plain"] != digest for line in before):
@@ -349,6 +359,10 @@ class Member:
 
     def open(self, asked: Question) -> bytes:
         """The own mask of the last answer, once all of its set have given theirs."""
+        with self._alone():
+            return self._open(asked)
+
+    def _open(self, asked: Question) -> bytes:
         self.check(asked)
         answered = self._answered(asked)
         if not answered or Question(**_fields(answered[-1])) != asked:
@@ -362,6 +376,15 @@ class Member:
             _append(self.folder.parent / OPENED, opened)
             _append(self.folder / ANSWERED, answered[-1] | {"opened": True})
         return self._own_mask(asked)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process of this silo looks and writes meanwhile: one that is about
+        to end may still run when the next one has been started."""
+        with (self.folder.parent / "lock").open("a") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _check_update(self, asked: Question, update: str) -> None:
         """Two sums of the very same update, in two runs, differ by who is missing."""
@@ -406,11 +429,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     """Add a line to a log; it is on the disk when this returns."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    new = not path.exists()
+    torn = not new and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write("\n" * torn + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    if new:
+        _sync(path.parent)
 
 
 def _derive(secret: bytes, purpose: bytes, asked: Question) -> bytes:
@@ -431,6 +457,15 @@ def _replace(path: Path, content: bytes | Plain) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder are on the disk, too, not the content of its files only."""
+    if hasattr(os, "O_DIRECTORY"):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(opened)
+        os.close(opened)
 
 
 # -- the orchestrator's side

@@ -27,7 +27,9 @@ from nvflare.fuel.f3.message import Message
 from safetensors.torch import load_file
 
 from fl_helpers import exchange
+from fl_helpers.cross_silo import secure
 from fl_helpers.cross_silo.federation import read_federation
+from fl_helpers.cross_silo.fixed_point import encode
 from fl_helpers.cross_silo.on_premises import (
     controller,
     executor,
@@ -44,6 +46,7 @@ from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.training import Update
 
+LIMITS = exchange.Limits()
 EXAMPLE = Path(exchange.__file__).with_name("cross_silo") / "silos.yaml"
 
 
@@ -333,6 +336,78 @@ def test_what_is_not_agreed_does_not_leave_at_all(kit, bad):
     assert sent.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
     assert set(sent) == {"__headers__"}
     assert not any(e["verdict"] == "accepted" for e in ledger(kit))
+
+
+def test_a_hospital_can_hold_updates_to_its_own_norm_limit(kit):
+    gate.allow(kit, SENT, metrics=["test_loss"], max_norm=1.0)
+    near, far = ({"w": STATE["w"] + step, "n": STATE["n"]} for step in (0.4, 0.6))
+    for params, code in ((near, "OK"), (far, "TASK_RESULT_FILTER_ERROR")):
+        made = make_reply(ReturnCode.OK)
+        update = Update("Hospital A", params, 10, {"test_loss": 0.5})
+        made["update"] = gate.Unreleased(update, 4, SENT)
+        # Four weights, each 0.4 or 0.6 further: norms 0.8 and 1.2.
+        assert through(kit, made).get_return_code() == code
+
+
+def test_a_hospital_of_secure_runs_lets_no_plain_update_out(kit):
+    gate.allow(kit, SENT, metrics=["test_loss"], secure=True)
+    assert through(kit, result()).get_return_code() == "TASK_RESULT_FILTER_ERROR"
+    made = result()
+    made["update"].seal = lambda update: Update("Hospital A", {"m": STATE["w"]}, 1, {})
+    sent = through(kit, made)
+    assert sent.get_return_code() == ReturnCode.OK and exchange.UPDATE in sent
+    (line,) = [e for e in ledger(kit) if e["what"] == "m"]
+    assert line["bytes"] == 16 and not any(e["what"] == "w" for e in ledger(kit))
+    bad = result(SENT | {"own": STATE["own"]})
+    bad["update"].seal = made["update"].seal  # the plain update is looked at first
+    assert through(kit, bad).get_return_code() == "TASK_RESULT_FILTER_ERROR"
+
+
+@pytest.mark.parametrize(
+    "what, content, code",
+    [
+        ("hello", b"x" * 20_000, "OK"),
+        ("mask", b"x" * 32, "OK"),
+        ("mask", b"x" * 33, "TASK_RESULT_FILTER_ERROR"),
+        ("hello", b"x" * 20_001, "TASK_RESULT_FILTER_ERROR"),
+        ("hello", "text", "TASK_RESULT_FILTER_ERROR"),
+        ("records", b"x", "TASK_RESULT_FILTER_ERROR"),
+    ],
+)
+def test_of_the_protocol_of_sums_two_short_messages_pass(kit, what, content, code):
+    made = make_reply(ReturnCode.OK)
+    made["update"] = gate.Spoken(what, content)
+    sent = through(kit, made)
+    assert sent.get_return_code() == code
+    passed = [e for e in ledger(kit) if e["verdict"] == "accepted"]
+    assert [e["what"] for e in passed] == ([what] if code == "OK" else [])
+
+
+def test_a_hospital_that_lies_about_its_weight_or_update_is_seen_in_the_sum_only():
+    """Two keep to the norm limit of 1; the third has changed its gate, and pulls."""
+    start = {"w": torch.zeros(4)}
+    run = Run("x", start, rounds=1, seed=1, limits=exchange.Limits(max_norm=1.0))
+    silos = ("A", "B", "C")
+
+    def mean(of_c, examples):
+        updates = [Update(k, {"w": torch.full((4,), 0.4)}, 10, {}) for k in "AB"]
+        updates.append(Update("C", {"w": torch.full((4,), of_c)}, examples, {}))
+        parts = [encode(u, start, total=30, metrics=LIMITS.metrics) for u in updates]
+        for part in parts[1:]:
+            parts[0].plus(part)
+        asked = secure.Question("x", "train", 0, 0, silos, total=30)
+        added = SimpleNamespace(asked=asked, read=lambda: parts[0])
+        here = SimpleNamespace(job=SimpleNamespace(run=run), sum=added, params=start)
+        return secure_controller.SecureController._mean(here, "train")
+
+    # Norms: 0.8 = sqrt(4 * 0.4^2). Mean with an honest C at 0.5: (0.4 + 0.4 + 0.5) / 3.
+    assert torch.allclose(mean(0.5, 10).params["w"], torch.tensor(1.3 / 3))
+    # It counts itself twice: within the limits, nobody can see that.
+    assert torch.allclose(mean(0.5, 20).params["w"], torch.tensor(1.8 / 4))
+    with pytest.raises(exchange.Refused, match=r"norm .* did not keep .* hides which"):
+        mean(5.0, 10)
+    with pytest.raises(ValueError, match="silo 'C' has 31 of 30"):
+        mean(0.5, 31)  # its own code refuses; other code could send anything
 
 
 def test_more_bytes_than_agreed_do_not_leave(kit):

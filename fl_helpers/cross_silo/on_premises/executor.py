@@ -29,7 +29,7 @@ from fl_helpers.cross_silo.on_premises.gate import (
 from fl_helpers.cross_silo.on_premises.guards import SiteGuard
 from fl_helpers.cross_silo.on_premises.job import Job, read_job
 from fl_helpers.cross_silo.on_premises.secure_site import SecureSite
-from fl_helpers.cross_silo.on_premises.site import read_site
+from fl_helpers.cross_silo.on_premises.site import ACCOUNT, read_site
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
 from fl_helpers.simulation import Params
 
@@ -63,7 +63,7 @@ class SiteExecutor(Executor):
             self.client = self.client or turn.load_client(
                 site.client, site.data, self.job.run.settings, silo=site.silo,
                 place=turn.Place(
-                    kit / "privacy", f"{self.job.run.name} {self.job.id}",
+                    (kit / ACCOUNT).parent, f"{self.job.run.name} {self.job.id}",
                     site.epsilon, site.delta,
                 ),
             )  # fmt: skip

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -29,6 +30,8 @@ from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.simulation import Params
 
+if TYPE_CHECKING:
+    from fl_helpers.cross_silo.account import SiloAccount
 if sys.platform == "win32":
     raise ImportError("a fleet needs Linux, best with Landlock; on Windows use WSL2")
 import fcntl  # noqa: E402 - not on Windows
@@ -183,11 +186,34 @@ class Fleet:
         path = self.kits / site.site_name(silo) / "ledger.jsonl"
         return exchange.read_ledger(path)[0]
 
+    def allow(self, params: Params, **rules: Any) -> None:
+        """In a trial, one person is all silos: all let this model out, as `gate.allow`
+        says."""
+        from fl_helpers.cross_silo.on_premises import gate
+
+        for name in self.sites:
+            gate.allow(self.kits / name, params, **rules)
+
+    def configure(self, silo: str, **settings: Any) -> None:
+        """Change some of a silo's own settings, see `site.Site`, for the next run."""
+        kit = self.kits / site.site_name(silo)
+        site.write_site(kit, replace(site.read_site(kit), **settings))
+
+    def account(self, silo: str) -> SiloAccount:
+        """What a silo has spent of its privacy budget, from the file in its own kit."""
+        from fl_helpers.cross_silo.account import SiloAccount
+        from fl_helpers.privacy import Budget
+
+        kit = self.kits / site.site_name(silo)
+        own = site.read_site(kit)
+        budget = Budget(own.epsilon, own.delta)
+        return SiloAccount(kit / site.ACCOUNT, budget, silo=silo)
+
     def kill_worker(self, silo: str) -> None:
-        """Kill the process that trains at a silo, at once, for a drill."""
+        """Kill the process that trains at a silo, as an accident would."""
         kit = str(self.kits / site.site_name(silo))
         for process in self.own_processes():
-            with contextlib.suppress(psutil.Error):  # it ended with one killed before
+            with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
                 if kit in line and "worker_process" in line:
                     process.kill()

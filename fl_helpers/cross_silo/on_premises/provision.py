@@ -13,7 +13,9 @@ import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fl_helpers.cross_silo.federation import LOOPBACK, Federation
 from fl_helpers.cross_silo.on_premises.site import (
@@ -22,6 +24,9 @@ from fl_helpers.cross_silo.on_premises.site import (
     harden_server,
     harden_site,
 )
+
+if TYPE_CHECKING:
+    from fl_helpers.silos import Silo
 
 
 def provision(federation: Federation, folder: str | Path) -> Path:
@@ -64,6 +69,32 @@ def _confirm_all(federation: Federation, kits: Path) -> None:
     found = {silo: fingerprint(path.read_bytes()) for silo, path in paths.items()}
     for site in sites:
         confirm(kits / site.name, found)
+
+
+def write_trial(folder: str | Path, silos: Iterable[Silo], *, client: str) -> Path:
+    """Write a `silos.yaml` for a trial on this machine, and each silo's data beside it.
+
+    folder: is made anew; what was in it is lost. client: see `turn.load_client`.
+    Returns the path of the file.
+    """
+    from fl_helpers.cross_silo.hospital import save_silo
+
+    folder = Path(folder).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    text = f"""\
+project: trial
+on_premises: {{organisation: coordinator, admin: admin@coordinator.org,
+              host: localhost, port: 0, client: "{client}"}}
+silos:
+"""
+    for silo in silos:
+        short = re.sub(r"\W", "_", silo.name)
+        save_silo(silo, folder / "data" / short)
+        own = f"{{organisation: {short}, data: data/{short}}}"
+        text += f"  - {{name: {silo.name}, on_premises: {own}}}\n"
+    path = folder / "silos.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def sites_of(federation: Federation) -> list[Site]:

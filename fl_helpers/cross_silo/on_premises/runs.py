@@ -47,8 +47,9 @@ def play(
     restarts: how often a run goes on from its last round after the engine gave it up,
         as it does when one silo reports a failure.
 
-    Events: start, round_start, update, refused, missing, back, tested, round_end,
-    restart, stopped, done; each a dict with "event", "time" and what belongs to it.
+    Events: start, round_start, update, refused, missing, back, tested, asked_again (in
+    a secure run, with the smaller set), round_end, restart, stopped, done; each a dict
+    with "event", "time" and what belongs to it.
     Raises RunError if the run fails. Closing the iterator, or an interrupt, aborts it.
     """
     log = server_kit / "runs" / run.name / "events.jsonl"

@@ -150,7 +150,14 @@ class SecureController(RoundController):
             values = sum(value.numel() for value in start.values())
             rounding = len(asked.silos) * math.sqrt(values) * 2.0**-FRACTION_BITS
             limits = replace(limits, max_norm=limits.max_norm + rounding)
-        exchange.check_update(mean, start, silo=ALL, limits=limits)
+        try:
+            exchange.check_update(mean, start, silo=ALL, limits=limits)
+        except exchange.Refused as error:
+            raise exchange.Refused(
+                ALL,
+                f"{error.reason}; so at least one of {list(asked.silos)} did not keep "
+                "to what its own gate should hold, and a secure sum hides which one",
+            ) from None
         about = mean.num_examples, mean.metrics, "", 0, None
         return exchange.ReceivedUpdate(ALL, asked.round, mean.params, *about)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,32 @@ def identity_of(kit: Path) -> Identity:
     names = ("client.crt", "client.key", "rootCA.pem")
     known = json.loads(peers.read_text()) if peers.exists() else PEERS
     return read_identity(*(startup / name for name in names), known)
+
+
+def rehearse(
+    kits: Path, folder: Path, run: str
+) -> tuple[dict[str, Member], dict[str, bytes]]:
+    """The silos' sides of a run in one process, from the kits of a trial, to try out
+    what they answer; and their hellos. They have met, and remember it in folder."""
+    paths = [path.parents[1] for path in sorted(kits.glob("*/local/site.json"))]
+    found = {read_site(kit).silo: kit for kit in paths}
+    members = {
+        silo: Member(folder / kit.name, silo, run, found, identity_of(kit))
+        for silo, kit in found.items()
+    }
+    hellos = {silo: member.hello() for silo, member in members.items()}
+    for member in members.values():
+        member.meet(hellos)
+    return members, hellos
+
+
+def refusal(step: Callable[[Any], Any], asked: Any) -> str:
+    """Why a step of a rehearsal is denied, as a silo's log would say, or ""."""
+    try:
+        step(asked)
+    except Denied as error:
+        return str(error)
+    return ""
 
 
 class SecureSite:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = "fl_helpers.cross_silo.on_premises"
+ACCOUNT = "privacy/account.jsonl"  # of a kit, for `cross_silo.account`
 CONTROLLERS = (  # of a plain run, of a secure one
     f"{HERE}.controller.RoundController",
     f"{HERE}.secure_controller.SecureController",
