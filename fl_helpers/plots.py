@@ -7,8 +7,7 @@ readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
