@@ -28,7 +28,7 @@ from fl_helpers.cross_silo.run import from_plain
 PROVIDERS = "/providers/Microsoft.MachineLearningServices"
 WHEN = "2026-11-01T00:00:00Z"
 BLOB = {"Last-Modified": "Sun, 01 Nov 2026 00:00:00 GMT", "ETag": '"1"'}
-Call = namedtuple("Call", "method path query body headers")
+Call = namedtuple("Call", "method path query body headers answer")
 OWN = "workspaceblobstore"  # the workspace's default datastore
 SILO = ("prepare", "train", "evaluate")
 BOUND = re.compile(r"\$\{\{parent\.jobs\.(\w+)\.outputs\.(\w+)\}\}")
@@ -73,7 +73,7 @@ class FakeAzure:
         body = body.encode() if isinstance(body, str) else body
         query = {k.lower(): v for k, v in parse_qsl(url.query)}
         path = unquote(url.path)
-        call = Call(request.method, path, query, body, dict(request.headers))
+        call = Call(request.method, path, query, body, dict(request.headers), None)
         with self.lock:
             account = re.fullmatch(r"(\w+)\.blob\.core\.windows\.net", url.netloc)
             if account:
@@ -81,7 +81,7 @@ class FakeAzure:
                 answer = self.deny(call) or self.blob(call)
             else:
                 answer = self.deny(call) or self.route(call)
-            self.calls.append(call)
+            self.calls.append(call._replace(answer=answer))
             if answer is None:
                 self.unknown.append((call.method, url.netloc, call.path))
                 answer = failure(404, "NotFaked", f"{call.method} {path}")
@@ -106,7 +106,7 @@ class FakeAzure:
 
     def route(self, call):
         """(status, content) of a request to the resource manager or the workspace."""
-        method, path, query, _, _ = call
+        method, path, query, *_ = call
         if path.lower() == self.workspace.lower():
             return 200, self.describe_workspace()
         if path == "/discovery":
@@ -224,7 +224,7 @@ class FakeAzure:
 
     def blob(self, call):
         """The blob stores: those of parties are the folders that runs write to."""
-        method, path, query, body, headers = call
+        method, path, query, body, headers, _ = call
         account, container, name = (path + "//").split("/", 2)
         name = name.strip("/")
         if query.get("comp") == "list":  # of a container that is there, maybe empty

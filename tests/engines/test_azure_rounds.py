@@ -162,12 +162,19 @@ def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos, rule
     for name, value in history.params.items():
         assert torch.equal(final[name], value), name
     for silo in fed.silos:
-        kept = tmp_path / "stores" / silo.datastore / "fl/kept" / state["name"] / "0002"
+        kept = (
+            tmp_path
+            / "stores"
+            / silo.azure_ml.datastore
+            / "fl/kept"
+            / state["name"]
+            / "0002"
+        )
         who = "entries that stay in the silo"
         own = exchange.read_model(kept, history.local[silo.name], silo=who)
         for name, value in history.local[silo.name].items():
             assert torch.equal(own[name], value), name
-        private = (tmp_path / "stores" / silo.datastore).rglob("ledger.jsonl")
+        private = (tmp_path / "stores" / silo.azure_ml.datastore).rglob("ledger.jsonl")
         text = "".join(path.read_text() for path in private)
         assert "3.weight" in text
         assert not any(f'"{name}"' in text for name in keep), "a kept entry left"

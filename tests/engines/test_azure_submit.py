@@ -123,7 +123,7 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
             out = key in ("model_update", "scores")
             assert (stores[store] is party) != out, (name, key, where)
             if out:
-                assert stores[store] is federation.orchestrator
+                assert stores[store] is federation.azure_ml.orchestrator
                 assert path.startswith(f"fl/updates/{party.key}/trial/")
 
     thread = azure.start("trial")

@@ -126,7 +126,9 @@ class Gate(HTTPAdapter):
             content = json.loads(body or b"null")
         except ValueError:
             content = None
-        wrong = list(self._check(method, below, path, content, self.plan))
+        wrong = [Violation(method, path, "sent without a body", "with one")]
+        if type(content) is dict and type(content.get("properties", {})) is dict:
+            wrong = list(self._check(method, below, path, content, self.plan))
         if wrong:
             self._refuse(wrong)
 
@@ -154,7 +156,10 @@ class Gate(HTTPAdapter):
     def _check_component(self, body: Any, plan: Plan) -> Iterator[Violation]:
         found = _at(body, "properties", "componentSpec")
         kind = str(_at(found, "name")).removeprefix("fl_")
-        spec = found if isinstance(found, dict) else {}
+        if not isinstance(found, dict) or not _spec(plan, kind):
+            yield Violation("a component", "it", _short(found), "no such kind of job")
+            return
+        spec = found
         for key in ("code", "environment"):
             address = str(spec.get(key)).removeprefix("azureml:")
             spec = spec | {key: self.known.get(address.lower(), spec.get(key))}
@@ -163,9 +168,11 @@ class Gate(HTTPAdapter):
                 named = f"azureml:{named.replace('/versions/', ':')}"
                 spec[key] = self.known.get(address.lower(), named)
         legal = {"isAnonymous": True, "isArchived": False, "componentSpec": "compared"}
-        about = _at(body, "properties")
-        about = about | {"componentSpec": "compared"} if type(about) is dict else about
-        yield from _differ({**body, "properties": about}, {"properties": legal}, kind)
+        about = {
+            **body,
+            "properties": body["properties"] | {"componentSpec": "compared"},
+        }
+        yield from _differ(about, {"properties": legal}, kind)
         yield from _differ(spec, _spec(plan, kind), kind)
 
     def _translated(self, body: Any) -> Any:
@@ -368,18 +375,20 @@ def _check_code(body: Any, where: str) -> Iterator[Violation]:
 
 
 def _check_environment(body: Any, rest: list[str], plan: Plan) -> Iterator[Violation]:
-    legal = {_environment(found) for found in environments(plan.federation).values()}
-    found = _at(body, "properties")
-    known = {"condaFile", "image", "isAnonymous", "isArchived"}
-    if rest[0] != "CliV2AnonymousEnvironment" or type(found) is not dict:
-        yield Violation("the environment", "it", rest[0], "sent with the jobs")
-        return
+    legal = [_environment(found) for found in environments(plan.federation).values()]
+    found = body.get("properties") or {}
+    if rest[0] != "CliV2AnonymousEnvironment":
+        yield Violation("the environment", "its name", rest[0], "none: it is not kept")
     about = {"isAnonymous": True, "isArchived": False}
     others = {k: v for k, v in found.items() if k not in ("condaFile", "image")}
-    rest = {**body, "properties": others}
-    yield from _differ(rest, {"properties": about}, "the environment")
-    if not found.keys() <= known or _safe_environment(found) not in legal:
-        yield Violation("the environment", "it", str(found)[:200], " or ".join(legal))
+    others = {**body, "properties": others}
+    yield from _differ(others, {"properties": about}, "the environment")
+    text = _safe_environment(found)
+    if text not in legal:
+        more = set(re.findall(r'"[^"]*"', text)) - set(
+            re.findall(r'"[^"]*"', legal[-1])
+        )
+        yield Violation("the environment", "it", f"another ({sorted(more)})", legal[-1])
 
 
 def _safe_environment(found: Mapping[str, Any]) -> str:
