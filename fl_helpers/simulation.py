@@ -314,8 +314,13 @@ def run_alone(
 
     Each silo starts from params and does what it would do in `run_rounds`, with the
     same random draws, but goes on from its own result instead of the average: a run in
-    which every entry stays local. Arguments as in `run_rounds`; of execution, workers
-    and progress. Returns {silo name: its final params}.
+    which every entry stays local.
+
+    params, silos, client: as in `run_rounds`.
+    rounds, seed: as in `run_rounds`.
+    execution: only workers and progress count.
+
+    Returns {silo name: its final params}.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
     _check_run(silos, rounds)

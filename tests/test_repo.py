@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import architecture
 import nbformat
 import pytest
 import torch
@@ -19,8 +20,7 @@ from notebooks import card, read_timings, timings_table
 
 ROOT = Path(__file__).parent.parent
 
-EXAMPLE = ROOT / "fl_helpers" / "hospital.py"  # to adapt: it puts the helpers together
-HELPERS = sorted({*(ROOT / "fl_helpers").glob("[a-z]*.py")} - {EXAMPLE})
+HELPERS = sorted((ROOT / "fl_helpers").glob("[a-z]*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 DOCUMENTS = [
     *ROOT.glob("*.md"),
@@ -89,6 +89,24 @@ def test_helper_functions_can_be_seen_whole(path):
             assert length <= 55, f"{path.name}: {node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("path", HELPERS, **by_name)
+def test_public_functions_take_few_parameters_and_say_what_they_are(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        names = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+        names = [name for name in names if name != "self"]
+        wide = path.name == "plots.py" or node.name == "train_locally"
+        where = f"{path.name}: {node.name}"
+        assert len(names) <= (10 if wide else 8), f"{where} takes {len(names)}"
+        if len(names) > 5 and path.name != "plots.py":
+            text = ast.get_docstring(node) or ""
+            for name in names:  # a line each, or two that are explained together
+                assert re.search(rf"(?m)^([\w, ]+, )?{name}(, [\w, ]+)?:", text), (
+                    f"{where} does not explain {name} in a line of its own"
+                )
+
+
 def test_the_one_function_in_two_files_does_the_same():
     from fl_helpers import silos, synthetic_cxr
 
@@ -96,14 +114,14 @@ def test_the_one_function_in_two_files_does_the_same():
         assert silos._letters(index) == synthetic_cxr._letters(index)
 
 
-def test_nothing_unpickles_but_our_own_checkpoint():
+def test_what_is_loaded_runs_no_code():
     found = [
         f"{path.name}: {line.strip()}"
         for path in HELPERS
         for line in path.read_text().splitlines()
         if re.search(r"torch\.load\(|import pickle|allow_pickle=True", line)
     ]
-    assert len(found) == 1 and "weights_only=True" in found[0], found
+    assert found and all("weights_only=True" in line for line in found), found
 
 
 @pytest.fixture(params=NOTEBOOKS, **by_name)
@@ -167,6 +185,17 @@ def test_relative_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_walk_of_a_round_names_every_file_and_the_picture_only_those():
+    walk = (ROOT / "docs/architecture.md").read_text()
+    for path in HELPERS:
+        assert f"(../fl_helpers/{path.name})" in walk, f"the walk lacks {path.name}"
+    linked = {Path(target).name for target in re.findall(r"\]\(([^)]+)\)", walk)}
+    steps = [step for _, rows, _, _ in architecture.BANDS for step in rows]
+    drawn = {name for _, files in steps for text in files for name in text.split()}
+    assert {Path(name).name for name in drawn} <= linked
+    assert len(steps) == len(re.findall(r"(?m)^\d\. \*\*", walk)) == 9
 
 
 def test_commands_of_the_documents_exist():
