@@ -19,10 +19,12 @@ import psutil
 import pytest
 
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.cross_silo import sandbox
+from fl_helpers.cross_silo import sandbox, secure
 from fl_helpers.cross_silo.on_premises import executor, gate, runs
+from fl_helpers.cross_silo.on_premises.secure_site import identity_of
 from fl_helpers.cross_silo.on_premises.site import (
     Site,
+    confirm,
     harden_server,
     harden_site,
     read_site,
@@ -113,6 +115,21 @@ def hardened(world, silos_yaml, params):
         harden_site(kit, own, admin_role="lead")
         gate.allow(kit, params, metrics=METRICS)
     return world
+
+
+def test_certificates_of_way_b_sign_and_verify_the_keys_of_secure_runs(
+    hardened, tmp_path
+):
+    kits = [hardened / f"hospital_{number}" / "kit" for number in (0, 1)]
+    three = [*SILOS, "Hospital C"]
+    a = secure.Member(tmp_path, SILOS[0], "run", three, identity_of(kits[0]))
+    with pytest.raises(secure.Denied, match="'Hospital A' is not confirmed here"):
+        secure.read_hello(a.hello(), SILOS[0], a.said, identity_of(kits[1]))
+    told = secure.fingerprint((kits[0] / "startup" / "client.crt").read_bytes())
+    for how in ({"independent": True}, {"fingerprints": {SILOS[0]: told}}):
+        confirm(kits[1], **how)
+        key = secure.read_hello(a.hello(), SILOS[0], a.said, identity_of(kits[1]))
+        assert key == a.key.public_key().public_bytes_raw()
 
 
 def private_keys(folder):
