@@ -49,7 +49,14 @@ from fl_helpers.privacy import (
 from fl_helpers.silos import make_silos, partition_by_site, split_silo, to_tensor
 from fl_helpers.simulation import Execution, Terms, run_alone, run_rounds
 from fl_helpers.synthetic_cxr import synthetic_cxr
-from fl_helpers.training import cosine_schedule, evaluate, sgd_client, train_locally
+from fl_helpers.training import (
+    PlainSGD,
+    Step,
+    cosine_schedule,
+    evaluate,
+    sgd_client,
+    train_locally,
+)
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 RAW = Path(__file__).parents[1] / "runs"  # rows as they are computed, to go on from
@@ -262,7 +269,8 @@ def sent_by(model, x, y, *, epochs=1, batch_size=None, epsilon=None):
     silo, mine = SimpleNamespace(name="a", train=(x, y)), copy.deepcopy(model)
     rng = torch.Generator().manual_seed(0)
     if epsilon is None:
-        how = dict(epochs=epochs, batch_size=batch_size or len(y), weight_decay=0)
+        how = dict(epochs=epochs, batch_size=batch_size or len(y))
+        how |= dict(step=Step(PlainSGD(weight_decay=0)))
         update = train_locally(mine, silo, lr=0.01, rng=rng, **how)
     else:
         budget = Budget(epsilon, DELTA)

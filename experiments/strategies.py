@@ -47,7 +47,9 @@ from fl_helpers.silos import (
 from fl_helpers.simulation import Execution, Terms, run_alone, run_rounds
 from fl_helpers.synthetic_cxr import apply_scanner, scanner_for, synthetic_cxr
 from fl_helpers.training import (
+    PlainSGD,
     ProximalTerm,
+    Step,
     cosine_lr,
     evaluate,
     norm_entries,
@@ -194,7 +196,8 @@ def fit(strategy, silos, num_classes, seed, *, lr, **knobs):
     ):
         epochs = local_epochs * (total / len(silo.train.y) if steps_of_all else 1)
         rate = cosine_lr(lr, round_index, rounds)
-        how = dict(epochs=epochs, lr=rate, batch_size=BATCH_SIZE, momentum=MOMENTUM)
+        how = dict(epochs=epochs, lr=rate, batch_size=BATCH_SIZE)
+        how |= dict(step=Step(PlainSGD(MOMENTUM)))
         model = load(params)
         if mu:
             options["adjust_gradients"] = ProximalTerm(model, mu)

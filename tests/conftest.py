@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
 
-from fl_helpers.simulation import Checkpoint, Execution, Terms, run_rounds
+from fl_helpers.checkpoint import Checkpoint
+from fl_helpers.simulation import Execution, Terms, run_rounds
 from fl_helpers.training import ClientFunctions
 
 # How fast examples are made depends on what else the machine does.

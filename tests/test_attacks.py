@@ -32,7 +32,7 @@ from fl_helpers.attacks import (
 from fl_helpers.models import mlp, small_cnn
 from fl_helpers.silos import to_tensor
 from fl_helpers.synthetic_cxr import synthetic_cxr
-from fl_helpers.training import train_locally
+from fl_helpers.training import PlainSGD, Step, train_locally
 
 SPAN = 4.0  # inputs of the models go from -2 to 2
 
@@ -58,7 +58,13 @@ def smooth_cnn():
 def what_is_sent(model, x, y, **options):
     """Gradient direction in the update of a silo with these examples."""
     before = copy.deepcopy(model.state_dict())
-    how = dict(epochs=1, lr=0.01, batch_size=len(y), rng=rng(), weight_decay=0)
+    how = dict(
+        epochs=1,
+        lr=0.01,
+        batch_size=len(y),
+        rng=rng(),
+        step=Step(PlainSGD(weight_decay=0)),
+    )
     silo = SimpleNamespace(name="a", train=(x, y))
     update = train_locally(copy.deepcopy(model), silo, **(how | options))
     return sent_gradient(before, update.params, model)

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch import nn
 from fl_helpers.models import (
     _replace_stem,
     check_model,
+    freeze,
     mlp,
     small_cnn,
     torchvision_model,
@@ -150,3 +153,42 @@ def test_check_finds_a_model_that_mixes_examples():
             return z - z.mean(0)
 
     assert found(check_model(Mixing, examples()))["one"][1] is False
+
+
+def test_weights_come_from_a_file_but_for_the_head(tmp_path):
+    source = torchvision_model("resnet18", 10)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    model = torchvision_model("resnet18", 2, in_channels=1, weights=tmp_path / "w.pth")
+    found, own = source.state_dict(), model.state_dict()
+    kept = [k for k in own if k not in ("conv1.weight", "fc.weight", "fc.bias")]
+    assert all(torch.equal(own[k], found[k]) for k in kept) and len(kept) == 119
+    grey = found["conv1.weight"].sum(1, keepdim=True)  # the same answer to grey images
+    torch.testing.assert_close(own["conv1.weight"], grey)
+    assert own["fc.weight"].shape == (2, 512)
+
+
+def test_a_file_of_another_model_or_with_code_is_refused(tmp_path):
+    torch.save(small_cnn(2).state_dict(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="does not hold the state_dict of resnet18"):
+        torchvision_model("resnet18", 2, weights=tmp_path / "small.pth")
+    torch.save(small_cnn(2), tmp_path / "whole.pth")  # a pickled object
+    with pytest.raises(pickle.UnpicklingError, match="weights_only|Weights only"):
+        torchvision_model("resnet18", 2, weights=tmp_path / "whole.pth")
+    with pytest.raises(FileNotFoundError):
+        torchvision_model("resnet18", 2, weights=tmp_path / "none.pth")
+
+
+def test_freezing_goes_up_to_a_layer():
+    model = freeze(torchvision_model("resnet18", 2), up_to="layer3")
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"layer4", "fc"}
+    freeze(model, up_to=None)
+    assert all(p.requires_grad for p in model.parameters())
+    head = freeze(small_cnn(3), up_to="body")
+    trained = [n for n, p in head.named_parameters() if p.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+    for name in ("head", "nose"):
+        with pytest.raises(
+            ValueError, match=rf"such as one of \['body'\], got '{name}'"
+        ):
+            freeze(small_cnn(3), up_to=name)

@@ -2,10 +2,8 @@
 
 import ast
 import csv
-import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -17,10 +15,9 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from notebooks import card, read_timings, timings_table
 
-from notebooks import card, read_timings, timings_table  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 EXAMPLE = ROOT / "fl_helpers" / "hospital.py"  # to adapt: it puts the helpers together
 HELPERS = sorted({*(ROOT / "fl_helpers").glob("[a-z]*.py")} - {EXAMPLE})
@@ -35,12 +32,14 @@ by_name = dict(ids=lambda path: path.name)
 
 ONE_LIBRARY = {  # what a helper may import beside the standard library, numpy and torch
     "comparison.py": {"scipy"},
-    "data.py": {"torchvision", "PIL", "pydicom"},
+    "data.py": {"torchvision"},
+    "images.py": {"PIL", "pydicom"},
+    "metrics.py": {"scipy"},
     "models.py": {"torchvision"},
     "plots.py": {"matplotlib"},
     "privacy.py": {"opacus"},
     "record.py": {"nbformat", "IPython"},
-    "report.py": {"jinja2"},
+    "report.py": {"jinja2", "matplotlib"},
     "secure_aggregation.py": {"cryptography"},
     "simulation.py": {"tqdm"},
 }

@@ -33,7 +33,6 @@ def test_an_unknown_notebook_is_an_error():
 
 
 def test_values_from_the_command_line_are_read_as_python(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from notebooks import literal
 
     assert literal("(1, 2)") == [1, 2] and isinstance(literal("(1, 2)"), list)
@@ -43,7 +42,6 @@ def test_values_from_the_command_line_are_read_as_python(monkeypatch):
 @pytest.fixture
 def notebooks(monkeypatch, tmp_path):
     """The runner, with notebooks that all take 61 seconds, and a page of its own."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tools")])
     import notebooks
 
     (tmp_path / "page.md").write_text(notebooks.PAGE.read_text())

@@ -7,7 +7,7 @@ from argparse import Namespace
 import common
 
 from fl_helpers import exchange
-from fl_helpers.training import Update
+from fl_helpers.training import Update, num_examples
 
 
 def evaluate(args: Namespace, run: common.Run) -> None:
@@ -17,7 +17,7 @@ def evaluate(args: Namespace, run: common.Run) -> None:
     metrics = common.test(client, run.read_state(args, ledger))
     exchange.write_update(
         args.scores,
-        Update(client.silo.name, {}, len(client.silo.train[0]), metrics),
+        Update(client.silo.name, {}, num_examples(client.silo), metrics),
         round_index=args.round,
         expected={},
         limits=common.limits(args),
