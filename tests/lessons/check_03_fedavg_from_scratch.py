@@ -18,5 +18,5 @@ def committed(results):
     assert results["gain"]["local"][0] > 0
     assert results["gain"]["ensemble"][0] > 0
     assert results["gain"]["local, without Hospital D"][0] > 0
-    assert results["equal_weights"]["all patients"][1] < 0
+    assert results["equal_weights"]["Hospital A"][1] < 0
     assert results["equal_weights"]["ill, called normal"][0] > 0
