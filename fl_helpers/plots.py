@@ -335,22 +335,25 @@ def plot_intervals(
 ) -> Figure:
     """Draw values with intervals: one panel per entry, one line per row.
 
-    panels: {panel: {row: (value, low, high)}}, the same rows in all; NaN as a value
+    panels: {panel: {row: (value, low, high, ...)}}, shares from 0 to 1, or differences
+    of shares, drawn in percent; the same rows in all; NaN as a value
     writes `withheld` instead. In one or two panels colours follow the rows and values
     are written, else colours follow the panels. references: {panel: value}, a dashed
     line.
     """
     rows, few = list(next(iter(panels.values()))), len(panels) <= 2
-    size = (1.5 + (4 if len(panels) == 1 else 1.75 * len(panels)), 1 + 0.3 * len(rows))
+    size = (1.5 + len(panels) * (2.6 if few else 1.75), 1.1 + 0.32 * len(rows))
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, sharex=True)
     for column, (axis, panel) in enumerate(
         zip(np.atleast_1d(axes), panels, strict=True)
     ):
-        for y, (value, low, high) in enumerate(panels[panel].values()):
+        for y, share in enumerate(panels[panel].values()):
+            value, low, high = (100 * part for part in share[:3])
             if np.isnan(value):
                 edge = axis.get_yaxis_transform()  # x in shares of the axis, y in rows
                 place = {"va": "center", "ha": "center", "transform": edge}
-                axis.text(0.5, y, withheld, color="0.5", fontsize=9, **place)
+                place |= {"backgroundcolor": "white", "fontsize": 9}
+                axis.text(0.5, y, withheld, color="0.5", **place)
                 continue
             color = COLORS[(y if few else column) % len(COLORS)]
             axis.plot([low, high], [y, y], color=color, lw=2)
@@ -358,10 +361,10 @@ def plot_intervals(
             if few:
                 axis.text(value, y - 0.14, f"{value:.1f}", ha="center", va="bottom")
         if references:
-            axis.axvline(references[panel], color="0.4", ls="--", lw=1, zorder=0)
+            axis.axvline(100 * references[panel], color="0.4", ls="--", lw=1, zorder=0)
         axis.set_title(panel, fontsize=10)
     first = np.atleast_1d(axes)[0]
     first.set_yticks(range(len(rows)), rows)
-    first.set_ylim(len(rows) - 0.5, -0.5)
+    first.set_ylim(len(rows) - 0.5, -0.65)
     fig.supxlabel(xlabel, fontsize=10)
     return fig

@@ -215,9 +215,9 @@ def test_calibration_draws_each_curve_of_each_silo():
 
 
 def test_intervals_write_what_was_withheld():
-    rows = {"young": (50, 40, 60), "old": (np.nan, 0, 100)}
-    figure = plots.plot_intervals({"A": rows, "B": rows}, xlabel="%")
-    assert [t.get_text() for axis in figure.axes for t in axis.texts] == 2 * [
+    rows = {"young": (0.5, 0.4, 0.6, 20), "old": (np.nan, 0, 1, 0)}
+    figure = plots.plot_intervals({"A": rows, "B": rows, "C": rows}, xlabel="%")
+    assert [t.get_text() for axis in figure.axes for t in axis.texts] == 3 * [
         "withheld"
     ]
     assert list(figure.axes[1].lines[0].get_xdata()) == [40, 60]
