@@ -175,7 +175,7 @@ def train_locally(
 
 def num_examples(silo: SiloLike) -> int:
     """How many training examples a silo has, tensors or a Dataset."""
-    return len(silo.train[0] if isinstance(silo.train, tuple) else silo.train)
+    return len(silo.train[0] if _is_pair(silo.train) else silo.train)
 
 
 class ProximalTerm:
@@ -386,9 +386,9 @@ def evaluate(
 
     Returns these metrics and `loss` (per example).
     """
-    count = len(examples[0] if isinstance(examples, tuple) else examples)
-    if count == 0 or isinstance(examples, tuple) and len(examples[1]) != count:
-        labels = len(examples[1]) if isinstance(examples, tuple) else count
+    count = len(examples[0] if _is_pair(examples) else examples)
+    if count == 0 or _is_pair(examples) and len(examples[1]) != count:
+        labels = len(examples[1]) if _is_pair(examples) else count
         raise ValueError(f"cannot evaluate {count} inputs with {labels} labels")
     modes = [(module, module.training) for module in model.modules()]
     outputs, labels, device = [], [], _device(model)
@@ -448,6 +448,11 @@ def _auroc(score: Tensor, positive: Tensor) -> float:
     return above / (num_positive * num_negative)
 
 
+def _is_pair(examples: Examples) -> bool:
+    """Whether examples are tensors x and y, not a Dataset."""
+    return isinstance(examples, tuple | list)
+
+
 def _device(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return CPU if first is None else first.device
@@ -487,7 +492,7 @@ def _loaded(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches x, y of an order, on the device."""
     layout = torch.channels_last if step.channels_last else torch.preserve_format
-    if isinstance(silo.train, tuple):
+    if _is_pair(silo.train):
         x, y = (part.to(device) for part in silo.train)
         x = x.to(memory_format=layout) if x.dim() == 4 else x
         for rows in _batches(order, device):
@@ -513,7 +518,7 @@ def _streamed(
     examples: Examples, count: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All examples in their order, batch by batch."""
-    if isinstance(examples, tuple):
+    if _is_pair(examples):
         yield from zip(*(part.split(batch_size) for part in examples), strict=True)
         return
     batches = _Batches(examples, "the test set")
@@ -689,7 +694,7 @@ def _all_finite(params: dict[str, Tensor]) -> bool:
 
 def _check_inputs(silo: SiloLike, epochs: float, lr: float, batch_size: int) -> None:
     name, count = silo.name, num_examples(silo)
-    labels = len(silo.train[1]) if isinstance(silo.train, tuple) else count
+    labels = len(silo.train[1]) if _is_pair(silo.train) else count
     if count == 0 or count != labels:
         raise ValueError(
             f"silo {name!r} has {count} inputs and {labels} labels; "
