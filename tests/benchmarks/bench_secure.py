@@ -19,14 +19,19 @@ from fl_helpers.exchange import write_update
 from fl_helpers.models import torchvision_model
 from fl_helpers.training import Update
 
-BOUND = {"goal": 1.2, "bound": 1.5}
+BOUND = {"goal": 1.5, "bound": 2.0}
+PIECE = 1 << 18  # bytes made at once
 SIZES = {"4.5 MB": 1_125_000, "45 MB": 11_250_000}  # values of four bytes
 
 
 def keystreams(size, masks):
+    """Made, and not added to anything."""
+    zeros, stream = bytes(PIECE), bytearray(PIECE + 63)
     for _ in range(masks):
         cipher = Cipher(algorithms.ChaCha20(bytes(32), bytes(16)), mode=None)
-        cipher.encryptor().update(bytes(4 * size))
+        cipher = cipher.encryptor()
+        for _ in range(0, 4 * size, PIECE):
+            cipher.update_into(zeros, stream)
 
 
 def mask(plain, masks):

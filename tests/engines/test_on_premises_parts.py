@@ -385,7 +385,7 @@ def test_a_hospital_that_lies_about_its_weight_or_update_is_seen_in_the_sum_only
     assert torch.allclose(mean(0.5, 20).params["w"], torch.tensor(1.8 / 4))
     with pytest.raises(exchange.Refused, match=r"norm .* did not keep .* hides which"):
         mean(5.0, 10)
-    with pytest.raises(ValueError, match="silo 'C' has 31 of 30"):
+    with pytest.raises(ValueError, match="silo .C. has 31 of 30 examples"):
         mean(0.5, 31)  # its own code refuses; other code could send anything
 
 
