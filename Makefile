@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NB ?=
+PART ?=
 ARGS ?=
 
-.PHONY: run lab test quick test-browser notebooks timings docs bench bench-full bench-peers setup setup-dev format clean
+.PHONY: run lab test quick test-browser notebooks timings docs bench bench-full bench-peers setup setup-learn setup-dev format clean
 
-run: setup  ## execute the notebooks into runs/ and print the results
-	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(ARGS)
+run: $(if $(filter learn,$(PART)),setup-learn,setup)  ## execute the notebooks into runs/ and print the results
+	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(if $(PART),--part $(PART)) $(ARGS)
 
 lab: setup  ## open JupyterLab on the notebooks (no news, no update checks)
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.news_url=None \
@@ -45,6 +46,7 @@ bench-peers: .venv-peers/.ready  ## whole runs of other frameworks (some GB on f
 	.venv-peers/bin/python tests/benchmarks/peers/measure.py $(ARGS)
 
 setup: .venv/.ready
+setup-learn: $(if $(wildcard .venv/.ready),.venv/.ready,.venv/.ready-learn)
 setup-dev: .venv/.ready-dev
 
 .venv/bin/python:
@@ -54,6 +56,13 @@ setup-dev: .venv/.ready-dev
 
 .venv/.ready: requirements.txt pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# What notebooks 01 to 05 need: requirements.txt up to its section on privacy.
+.venv/.ready-learn: requirements.txt pyproject.toml | .venv/bin/python
+	sed '/^# -- privacy/,$$d' requirements.txt > .venv/learn.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r .venv/learn.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -24,7 +24,7 @@ from fl_helpers.data import load_heart_disease
 from fl_helpers.models import mlp
 from fl_helpers.silos import Examples, Silo, make_silos, partition_by_site
 from fl_helpers.simulation import Execution, run_rounds
-from fl_helpers.training import train_locally
+from fl_helpers.training import PlainSGD, Step, train_locally
 
 RESULTS = Path(__file__).parents[1] / "docs/results/flamby.csv"
 SEEDS, OTHER_SPLITS = range(42, 47), range(10)
@@ -106,7 +106,7 @@ def by_fedavg(silos, seed):
         return model
 
     def hundred_steps(params, silo, *, round_index, rng):
-        how = dict(lr=1e-3, momentum=0, weight_decay=0, batch_size=4, loss_fn=loss)
+        how = dict(lr=1e-3, step=Step(PlainSGD(0, 0)), batch_size=4, loss_fn=loss)
         epochs = 100 / (len(silo.train.y) // 4)
         return train_locally(load(params), silo, epochs=epochs, rng=rng, **how)
 

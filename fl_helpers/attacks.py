@@ -143,6 +143,12 @@ def ssim(
     return (likeness * (2 * both + c2) / (var_a + var_b + c2)).mean().item()
 
 
+def likeness(images: Tensor, originals: Tensor, *, span: float = 1.0) -> list[float]:
+    """The `ssim` of each image with its original; both [N, ...]."""
+    pairs = zip(images, originals, strict=True)
+    return [ssim(image, original, span=span) for image, original in pairs]
+
+
 def closest(images: Tensor, originals: Tensor, *, span: float = 1.0) -> Tensor:
     """For each original, the reconstruction most like it by `ssim`; [N, ...]."""
     best = [
@@ -248,6 +254,28 @@ def likelihood_ratio(
     variance = residual.square().sum() / freedom
     seen = _logit(example_losses(model, examples))
     return ((seen - without) ** 2 - (seen - with_it) ** 2) / (2 * variance)
+
+
+def attack_in_turn(
+    models: Sequence[nn.Module], taught: Tensor, examples: Examples
+) -> dict[str, dict[str, float]]:
+    """Both attacks on each model, with all other models as its shadows.
+
+    models: model k was trained on the rows taught[k] of the examples (`shadow_halves`).
+    Returns {"loss" and "likelihood ratio": as `membership_success`, all models' scores
+    together}."""
+    scores: dict[str, list[Tensor]] = {"loss": [], "likelihood ratio": []}
+    for k, attacked in enumerate(models):
+        rest = [j for j in range(len(models)) if j != k]
+        others = [models[j] for j in rest]
+        ratio = likelihood_ratio(attacked, others, taught[rest], examples)
+        scores["loss"].append(-example_losses(attacked, examples))
+        scores["likelihood ratio"].append(ratio)
+    together = {name: torch.stack(values) for name, values in scores.items()}
+    return {
+        name: membership_success(values[taught], values[~taught])
+        for name, values in together.items()
+    }
 
 
 # -- property leakage

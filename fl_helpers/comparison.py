@@ -1,13 +1,16 @@
 """What a comparison rests on: intervals, pairs won, and who carries the mean.
 
 Two approaches are compared on the same seeds and the same test sets, so what counts is
-the difference in each pair. Needs numpy and scipy: copy this file on its own.
+the difference in each pair, each with its own tuned learning rate. Needs numpy and
+scipy: copy this file on its own.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -88,3 +91,46 @@ def holds(per_silo: Mapping[str, Sequence[float]]) -> bool:
     everyone = paired_interval(np.mean([*per_silo.values()], axis=0))
     others = without_each(per_silo).values()
     return min(everyone.low, *(interval.low for interval in others)) > 0
+
+
+def tuned_rates(path: str | Path, dataset: str) -> dict[str, float]:
+    """Learning rate of each approach, from recorded scores on validation data.
+
+    path: CSV with dataset, lr, approach and balanced_accuracy, a row per seed, such as
+    docs/results/tuning.csv. At the largest useful rate training is close to diverging,
+    so the choice is the rate with the best mean score of itself and the next larger
+    one of the grid. Returns {approach: rate}. Raises ValueError for a data set that
+    was not tuned, naming those that were."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    tuned = sorted({row["dataset"] for row in rows})
+    if dataset not in tuned:
+        raise ValueError(
+            f"no learning rates are recorded for {dataset!r}, only for "
+            f"{', '.join(tuned)}; choose one of these, or record them first: "
+            f"python -m experiments.tuning --dataset {dataset}"
+        )
+    scores: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row["dataset"] == dataset:
+            of_rate = scores.setdefault(row["approach"], {})
+            score = float(row["balanced_accuracy"])
+            of_rate.setdefault(float(row["lr"]), []).append(score)
+    return {approach: _steady_rate(of_rate) for approach, of_rate in scores.items()}
+
+
+def _steady_rate(scores: Mapping[float, Sequence[float]]) -> float:
+    rates = sorted(scores)
+    means = [float(np.mean(scores[rate])) for rate in rates]
+    pairs = [(a + b) / 2 for a, b in zip(means, means[1:], strict=False)]
+    return rates[int(np.argmax(pairs))]
+
+
+def judge(per_silo: Mapping[str, Sequence[float]]) -> tuple[Interval, bool]:
+    """The interval of the mean over silos, and whether it is clear in either direction.
+
+    Clear: `holds`, for the differences or for their negatives.
+    """
+    lost = {silo: -np.asarray(values) for silo, values in per_silo.items()}
+    everyone = paired_interval(np.mean([*per_silo.values()], axis=0))
+    return everyone, holds(per_silo) or holds(lost)

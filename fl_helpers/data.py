@@ -1,10 +1,10 @@
-"""Data sets as arrays in memory: MedMNIST, a tree of image folders, heart disease.
+"""Data sets as arrays in memory: MedMNIST, heart disease.
 
 Each loader returns `Arrays`. Nothing is scaled or imputed here: statistics of rows from
 several hospitals would be a use of pooled data. `data/README.md` describes the data
-sets. Needs numpy; torchvision to download, Pillow for image folders, pydicom for DICOM
-(an extra: `pip install pydicom`). Copy this file on its own, and of the project's data
-folder `medmnist.json` or `heart_disease.csv` if you want those sets.
+sets; your own images are for `images.py`. Needs numpy; torchvision to download. Copy
+this file on its own, and of the project's data folder `medmnist.json` or
+`heart_disease.csv` if you want those sets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -255,167 +254,6 @@ def _check_split(
             f"{where}labels must be integers [{len(x)}, 1], one per image, got "
             f"{y.dtype} {list(y.shape)}"
         )
-
-
-# ---------------------------------------------------------------------- image folders
-
-_IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
-
-def load_image_folder(
-    root: str | Path, *, image_size: int | None = None, grayscale: bool = True
-) -> Arrays:
-    """Load your own images from `root/<hospital>/<class>/<image>`, in sorted order.
-
-    image_size: resize to this many pixels squared (the aspect ratio is not kept); None
-    requires that all images have one size. grayscale: [N, H, W], else colour
-    [N, H, W, 3]. A hospital may lack a class; the classes are those of all hospitals.
-    Hidden files are skipped; symbolic links are refused, since they could lead from one
-    hospital's folder into another's.
-
-    Raises FileNotFoundError for a missing folder, ValueError for a tree, file or size
-    that does not fit, naming it.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{root.absolute()} is not a folder; pass the one that holds "
-            "<hospital>/<class>/*.png"
-        )
-    listed = list(_list_images(root))
-    classes = sorted({path.parent.name for path in listed})
-    _check_class_names(root, classes)
-    images = []
-    for path in listed:
-        images.append(_read_image(path, image_size, grayscale))
-        if images[-1].shape != images[0].shape:
-            raise ValueError(
-                f"{listed[0]} is {_pixels(images[0])} but {path} is "
-                f"{_pixels(images[-1])}; pass image_size to resize all images"
-            )
-    return Arrays(
-        x=np.stack(images),
-        y=np.array([classes.index(path.parent.name) for path in listed], np.int64),
-        classes=tuple(classes),
-        site=np.array([path.parent.parent.name for path in listed]),
-    )
-
-
-def _list_images(root: Path) -> Iterator[Path]:
-    """Image files of the tree, hospital by hospital, class by class."""
-    for hospital in _subfolders(root, "hospital"):
-        for class_folder in _subfolders(hospital, "class"):
-            entries = _visible(class_folder)
-            for path in entries:
-                if path.suffix.lower() not in _IMAGE_TYPES or not path.is_file():
-                    raise ValueError(
-                        f"{path} is not an image file ({', '.join(_IMAGE_TYPES)}); "
-                        "convert it or move it out of the class folder"
-                    )
-            if not entries:
-                raise ValueError(
-                    f"{class_folder} has no images; add some or remove the folder"
-                )
-            yield from entries
-
-
-def _subfolders(folder: Path, level: str) -> list[Path]:
-    found = [path for path in _visible(folder) if path.is_dir()]
-    if not found:
-        raise ValueError(
-            f"{folder} has no {level} folders; expected <hospital>/<class>/*.png below "
-            "the folder you pass"
-        )
-    return found
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Entries by name, without hidden ones; links are an error."""
-    entries = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    for path in entries:
-        if path.is_symlink():
-            raise ValueError(
-                f"{path} is a symbolic link; put the files themselves there"
-            )
-    return entries
-
-
-def _check_class_names(root: Path, classes: list[str]) -> None:
-    folded = [name.casefold() for name in classes]
-    twins = [name for name in classes if folded.count(name.casefold()) > 1]
-    if twins:
-        raise ValueError(
-            f"{root} has class folders that differ only in upper and lower case: "
-            f"{twins}; give them one spelling"
-        )
-
-
-def _read_image(path: Path, image_size: int | None, grayscale: bool) -> np.ndarray:
-    """One image, uint8 [H, W] or [H, W, 3]."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            frames, mode = getattr(image, "n_frames", 1), image.mode
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"cannot read {path} ({error}); replace or remove the file"
-        ) from error
-    if frames > 1 or mode[0] in "IF":
-        raise ValueError(
-            f"{path} has {frames} frame(s) of mode {mode}; save one 8-bit image per "
-            "file (for 16-bit radiographs, choose the grey-level window yourself)"
-        )
-    pixels = upright.convert("L" if grayscale else "RGB")
-    if image_size is not None:
-        pixels = pixels.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.array(pixels, dtype=np.uint8)
-
-
-def _pixels(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]} pixels"
-
-
-def read_dicom(
-    path: str | Path, *, window: tuple[float, float] | None = None
-) -> np.ndarray:
-    """Read one DICOM image as grey levels, uint8 [H, W]; bright is dense.
-
-    window: (lowest, highest) value to show, after the file's own rescaling (Hounsfield
-    units for CT); the same in every hospital, because it becomes part of the model.
-    None: the window or table that the file proposes, which differs by device, else the
-    whole range. Pixels only: no name, date or other element of the file is returned,
-    but what is burned into the pixels stays. Needs pydicom, and one of its plug-ins for
-    compressed files. Raises ValueError for a file that is no single grey image.
-    """
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    try:
-        dataset = pydicom.dcmread(path)
-        pixels, kind = dataset.pixel_array, dataset.PhotometricInterpretation
-    except (pydicom.errors.InvalidDicomError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} has no image that can be read ({error}); leave it out, or install "
-            "pydicom's plug-in for its compression"
-        ) from error
-    if pixels.ndim != 2 or not kind.startswith("MONOCHROME"):
-        raise ValueError(
-            f"{path} holds {kind} pixels {list(pixels.shape)}; one grey image per file "
-            "is read: choose a frame, or convert colour first"
-        )
-    values = apply_modality_lut(pixels, dataset)
-    if window is None:
-        values = apply_voi_lut(values, dataset)
-    values = values.astype(np.float64)
-    low, high = window or (values.min(), values.max())
-    if window is not None and not low < high:
-        raise ValueError(f"window must be (lowest, highest), got {window}")
-    grey = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
-    if kind == "MONOCHROME1":  # its low values are bright
-        grey = 1 - grey
-    return (255 * grey).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------------- heart disease

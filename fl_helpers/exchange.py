@@ -141,7 +141,13 @@ class Ledger:
         verdict: str,
         reason: str = "",
     ) -> None:
-        """Append one line per item, as `ledger_items` makes them."""
+        """Append one line per item.
+
+        items: as `ledger_items` makes them.
+        direction: "out" or "in".
+        silo, round_index: who sends it, and in which round.
+        verdict, reason: "accepted" or "refused", and why.
+        """
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = {"time": now, "direction": direction, "silo": silo, "round": round_index}
         line |= dict.fromkeys(("what", "shape", "dtype", "bytes", "sha256"))
@@ -200,10 +206,16 @@ def check_update(
 ) -> float | None:
     """Refuse an update in memory that is not one of `silo`, for the model `expected`.
 
+    update: not modified.
     expected: the global model's entries that the silo started from: names, shapes and
-    dtypes must be the same, values finite, and `limits` kept. round_index: compared
-    with the update's own, if it has one. norms: those accepted in earlier rounds, for
-    `Limits.norm_factor`. direction: for the ledger. Nothing is modified.
+        dtypes must be the same.
+    silo: whose it must be.
+    round_index: compared with the update's own, if it has one.
+    limits: what else it must keep to; values must be finite.
+    norms: those accepted in earlier rounds, for `Limits.norm_factor`.
+    direction: for the ledger, "in" or "out".
+    ledger: where the verdict is written; None is nowhere.
+
     Returns the norm of the delta, None without a limit for it. Raises Refused.
     """
     with _gate(ledger, direction, silo, round_index, "update") as passed:
@@ -224,8 +236,13 @@ def write_update(
 ) -> Path:
     """Release an update: write `update.safetensors` and `manifest.json` into folder.
 
+    folder: of this update alone; made if it is not there.
+    update: what is released; not modified.
+    round_index: of the manifest.
     expected: the global model that the silo started from, to hold the update to its
-    names, shapes and the norm limit before it leaves; None checks the rest only.
+        names, shapes and the norm limit before it leaves; None checks the rest only.
+    limits, ledger: as in `check_update`.
+
     A crash leaves the old pair, or nothing that a receiver takes. Returns the folder.
     Raises Refused, before anything is written, for what a receiver would refuse.
     """
@@ -254,8 +271,13 @@ def read_update(
 ) -> ReceivedUpdate:
     """Receive what `write_update` wrote, from a folder that is not trusted.
 
-    expected: the global model that was sent out. norms: those accepted in earlier
-    rounds, for `Limits.norm_factor`. Each file is read once, never beyond its limit;
+    folder: whatever is in it.
+    expected: the global model that was sent out.
+    silo, round_index: whose and of which round it must be.
+    limits, norms: as in `check_update`.
+    ledger: where each entry and the verdict are written; None is nowhere.
+
+    Each file is read once, never beyond its limit;
     links are not followed, pipes and devices not waited for. Raises Refused for
     whatever is not an update of `silo`, for this round, of this model.
     """

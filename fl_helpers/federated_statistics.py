@@ -1,4 +1,4 @@
-"""Mean, variance and histogram over all silos, without any row leaving its silo.
+"""Mean, variance, histogram and a table of patients; no row leaves its silo.
 
 Each silo sends counts and sums of its own rows; the orchestrator combines them into
 exactly what it would compute from the pooled rows (Chan, Golub and LeVeque 1979,
@@ -7,7 +7,7 @@ eq. 2.1). Needs only numpy: copy this file on its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,3 +84,128 @@ def _combine_two(a: Statistics, b: Statistics) -> Statistics:
     mean = a.mean + difference * (b.count / count)
     squares = a.squares + b.squares + difference**2 * (a.count * b.count / count)
     return Statistics(a.silo, count, mean, squares, a.histogram + b.histogram)
+
+
+# -- the first table of a paper
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a silo sends about one column of numbers, or one category of a column.
+
+    count: rows with a value. missing: rows without. mean, squares: as in `Statistics`;
+    of a category the share of rows and n * share * (1 - share).
+    """
+
+    count: int
+    missing: int
+    mean: float
+    squares: float
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the rows, with n - 1; NaN for fewer than two."""
+        return (self.squares / (self.count - 1)) ** 0.5 if self.count > 1 else np.nan
+
+
+def local_table(
+    silo: str,
+    columns: Mapping[str, np.ndarray],
+    *,
+    categories: Mapping[str, Sequence[str]] | None = None,
+    min_rows: int = 10,
+) -> dict[str, Column]:
+    """One silo's part of a table of patients; this is all that leaves the silo.
+
+    columns: {name: [N]}, numbers with NaN where missing, or for the names in categories
+    the position of each row's category, -1 where missing. categories: {name: what its
+    values are called}. min_rows: what describes 1 to min_rows - 1 rows, or all but so
+    few, is left out: a small category, and the next smallest with it; a column with few
+    values; a count of few missing ones shows as 0.
+    Returns {name or "name: category": Column}. Raises ValueError, naming the silo.
+    """
+    categories, found = categories or {}, {}
+    rows = {len(values) for values in columns.values()}
+    if len(rows) != 1 or min(rows) < min_rows:
+        raise ValueError(
+            f"silo {silo!r} must have columns of one length, at least {min_rows} rows, "
+            f"got {sorted(rows)}"
+        )
+    for name, values in columns.items():
+        if name in categories:
+            parts = _shares(silo, name, values, categories[name], min_rows)
+            found |= {f"{name}: {label}": part for label, part in parts.items()}
+        else:
+            there = _numbers(silo, name, values)
+            if len(there) >= min_rows:
+                missing = _unless_small(len(values) - len(there), min_rows)
+                squares = float(((there - there.mean()) ** 2).sum())
+                found[name] = Column(len(there), missing, float(there.mean()), squares)
+    return found
+
+
+def _numbers(silo: str, name: str, values: np.ndarray) -> np.ndarray:
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except ValueError:
+        raise ValueError(
+            f"silo {silo!r}, column {name!r} holds text; give numbers, or list it in "
+            "categories"
+        ) from None
+    return numbers[~np.isnan(numbers)]
+
+
+def _unless_small(count: int, limit: int) -> int:
+    return 0 if count < limit else count
+
+
+def _shares(
+    silo: str, name: str, codes: np.ndarray, labels: Sequence[str], limit: int
+) -> dict[str, Column]:
+    codes = np.asarray(codes)
+    if codes.dtype.kind not in "iu" or codes.min() < -1 or codes.max() >= len(labels):
+        raise ValueError(
+            f"silo {silo!r}, column {name!r} must hold positions 0 to "
+            f"{len(labels) - 1}, or -1 for missing"
+        )
+    counts = np.bincount(codes[codes >= 0], minlength=len(labels))
+    hidden = (counts > 0) & (counts < limit)
+    if hidden.any() and counts[hidden].sum() < limit and (counts >= limit).any():
+        hidden[np.where(counts >= limit, counts, counts.max() + 1).argmin()] = True
+    n, missing = int(counts.sum()), _unless_small(int((codes < 0).sum()), limit)
+    return {
+        label: Column(n, missing, k / n, k * (1 - k / n))
+        for label, k, secret in zip(labels, counts, hidden, strict=True)
+        if n >= limit and not secret
+    }
+
+
+def combine_tables(tables: Mapping[str, Mapping[str, Column]]) -> dict[str, Column]:
+    """All silos together, for each row of the table that every silo sent.
+
+    A row that one silo held back is left out: the rest would stand for all.
+    """
+    parts = [tables[silo] for silo in sorted(tables)]
+    if not parts:
+        raise ValueError("no tables to combine; at least one silo must take part")
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    whole = {}
+    for name in names:
+        total, *others = (part[name] for part in parts)
+        for one in others:
+            count, difference = total.count + one.count, one.mean - total.mean
+            mean = total.mean + difference * one.count / count
+            between = difference**2 * total.count * one.count / count
+            squares = total.squares + one.squares + between
+            total = Column(count, total.missing + one.missing, mean, squares)
+        whole[name] = total
+    return whole
+
+
+def standardised_difference(a: Column, b: Column) -> float:
+    """How far two silos' means are apart, in standard deviations (Austin 2009, eq. 1).
+
+    Above .1 is usually called a difference, whatever the number of patients.
+    """
+    variance = [part.squares / part.count for part in (a, b)]
+    return abs(a.mean - b.mean) / max((sum(variance) / 2) ** 0.5, 1e-12)

@@ -7,9 +7,11 @@ model of your own before you federate it. Copy this file on its own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,16 +69,41 @@ def mlp(
     return nn.Sequential(OrderedDict(body=nn.Sequential(*layers), head=head))
 
 
+class Ensemble(nn.Module):
+    """Several models as one: its logits are the log of their mean class probability.
+
+    Of local models it is a federation without rounds: each silo sends its model once,
+    and nothing is averaged but the answers. models: same inputs, same classes; they
+    are kept, not copied.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        if not self.models:
+            raise ValueError("an ensemble needs at least one model, got none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, num_classes] for inputs x [N, ...]."""
+        answers = torch.stack([model(x).log_softmax(dim=1) for model in self.models])
+        return answers.logsumexp(dim=0) - math.log(len(self.models))
+
+
 def torchvision_model(
-    name: str, num_classes: int, *, in_channels: int = 3, weights: str | None = None
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    weights: str | Path | None = None,
 ) -> nn.Module:
     """Any classifier of torchvision.models, with its first and last layer adapted.
 
     name: for example "resnet18". in_channels: 1 for radiographs; given weights, the
     first kernel is the mean over its channels, so grey images see familiar filters.
-    weights: None (random) or a torchvision weights name such as "DEFAULT", which
-    downloads them. Raises ValueError for a name that is unknown
-    or cannot be adapted.
+    weights: None (random); a file with a state_dict of this model, .pt or .pth, read
+    without running code, whose last layer is not used; or a torchvision weights name
+    such as "DEFAULT", which downloads them. Raises ValueError for a name that is
+    unknown or cannot be adapted, and for a file of another model.
     """
     from torchvision import models  # 1 s to import: only when asked for
 
@@ -87,10 +114,48 @@ def torchvision_model(
         )
     if name in ("googlenet", "inception_v3"):
         raise ValueError(f"{name} trains with further heads; choose another model")
-    model = models.get_model(name, weights=weights)
+    file = weights is not None and Path(weights).suffix in (".pt", ".pth")
+    model = models.get_model(name, weights=None if file else weights)
+    if file:
+        _load_but_the_head(model, Path(weights), name)
     _replace_head(model, num_classes, name)
     if in_channels != 3:
         _replace_stem(model, in_channels)
+    return model
+
+
+def smooth_cnn(num_classes: int, *, size: int = 32) -> nn.Module:
+    """Three convolutions with Tanh, no pooling and no normalisation: the kind of model
+    from whose gradients images are rebuilt best (`attacks.invert_gradient`).
+
+    Input [N, 1, size, size]; output logits [N, num_classes].
+    """
+    layers: list[nn.Module] = []
+    for channels, stride in ((1, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(channels, 12, 5, stride=stride, padding=2), nn.Tanh()]
+    head = nn.Linear(12 * math.ceil(size / 4) ** 2, num_classes)
+    return nn.Sequential(*layers, nn.Flatten(), head)
+
+
+def freeze(model: nn.Module, *, up_to: str | None) -> nn.Module:
+    """Let training change only the layers behind one, in the order of definition.
+
+    up_to: name of the last frozen layer or part, such as "layer3" of a ResNet or "body"
+        of `small_cnn`; None thaws all. Returns the model, changed in place.
+        `training.frozen_entries` says what then need not travel.
+    Raises ValueError for a name that it does not have, or that leaves nothing to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    inside = [k for k, n in enumerate(names) if up_to and n.startswith(f"{up_to}.")]
+    if up_to is not None and (not inside or inside[-1] + 1 == len(names)):
+        parts = [name for name, part in model.named_children() if [*part.parameters()]]
+        raise ValueError(
+            "up_to must name a layer with parameters that is not the last, such as one "
+            f"of {parts[:-1]}, got {up_to!r}"
+        )
+    last = inside[-1] if inside else -1
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number > last)
     return model
 
 
@@ -175,6 +240,26 @@ def _norm_2d(norm: Norm, channels: int) -> nn.Module:
     if norm == "none":
         return nn.Identity()
     raise ValueError(f"norm must be 'batch', 'group' or 'none', got {norm!r}")
+
+
+def _load_but_the_head(model: nn.Module, file: Path, name: str) -> None:
+    """Load all entries of a file but those of the last linear layer; weights only."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    own = model.state_dict()
+    fits = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
+    wrong = [
+        k
+        for k, v in own.items()
+        if not k.startswith(f"{head}.") and (k not in fits or fits[k].shape != v.shape)
+    ]
+    wrong += sorted(fits.keys() - own.keys())
+    if wrong:
+        raise ValueError(
+            f"{file} does not hold the state_dict of {name}: {wrong[:3]} differ; save "
+            "model.state_dict() of a model that torchvision made"
+        )
+    model.load_state_dict(fits, strict=False)
 
 
 def _replace_head(model: nn.Module, num_classes: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a federated run will cost: bytes, hours, machine hours.
+"""What a federated run will cost, and how many test patients show what it gains.
 
 Arithmetic on numbers that you bring. Bytes are exact; hours are as good as the minutes
 you put in, so measure one round first. Standard library only: copy this file on its
@@ -7,7 +7,9 @@ own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,55 @@ def run_cost(
         "cost_from": low * machine_hours,
         "cost_to": high * machine_hours,
     }
+
+
+def patients_needed(
+    gain: float, disagree: float, *, power: float = 0.8, confidence: float = 0.95
+) -> int:
+    """Test patients that it takes to see a gain of one model over another.
+
+    Both models are tested on the same patients, with McNemar's test, two-sided (Connor
+    1987, "Sample size for testing differences in proportions for the paired-sample
+    design"; normal approximation).
+    gain: difference of the shares of patients for whom the models are right, > 0, such
+        as 0.05; a difference of sensitivities if all patients have the disease.
+    disagree: share of patients for whom exactly one model is right, gain to 1: from a
+        pilot. Models that differ more often need more patients.
+    power: chance that the test finds the gain if it is there.
+    confidence: 1 - the chance that it finds one where there is none.
+    """
+    if not 0 < gain <= disagree <= 1:
+        raise ValueError(
+            f"need 0 < gain <= disagree <= 1, got {gain} and {disagree}; 0.05 is five "
+            "points, and no gain is larger than the share that disagrees"
+        )
+    alpha, beta = _quantiles(power, confidence)
+    root = alpha * math.sqrt(disagree) + beta * math.sqrt(disagree - gain**2)
+    return math.ceil((root / gain) ** 2)
+
+
+def visible_gain(
+    patients: int, disagree: float, *, power: float = 0.8, confidence: float = 0.95
+) -> float:
+    """The smallest gain that so many test patients show; `patients_needed` solved for
+    the gain. Infinite if they are too few to show any."""
+    if not (patients >= 1 and 0 < disagree <= 1):
+        raise ValueError(
+            f"need patients >= 1 and 0 < disagree <= 1, got {patients} and {disagree}"
+        )
+    alpha, beta = _quantiles(power, confidence)
+    inside = patients + beta**2 - alpha**2
+    if inside < 0:
+        return math.inf
+    root = alpha * math.sqrt(patients) + beta * math.sqrt(inside)
+    gain = math.sqrt(disagree) * root / (patients + beta**2)
+    return gain if gain <= disagree else math.inf
+
+
+def _quantiles(power: float, confidence: float) -> tuple[float, float]:
+    """Of the normal distribution: for a two-sided test, and for its power."""
+    for name, value in {"power": power, "confidence": confidence}.items():
+        if not 0.5 <= value < 1:
+            raise ValueError(f"{name} must be 0.5 to below 1, got {value}")
+    normal = NormalDist()
+    return normal.inv_cdf((1 + confidence) / 2), normal.inv_cdf(power)

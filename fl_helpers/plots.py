@@ -1,4 +1,4 @@
-"""The notebooks' figures: images, label mix, heat map, curves, comparisons, time line.
+"""The notebooks' figures: images, label mix, heat map, curves, gains, time line.
 
 Each function draws one figure and returns it; colours can be told apart by colour-blind
 readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its own.
@@ -7,12 +7,19 @@ readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+APPROACH_COLORS = {  # the same colour for the same approach in every figure
+    "local": "#0072B2",
+    "federated": "#E69F00",
+    "centralized": "#009E73",
+    "ensemble": "#CC79A7",
+}
 STYLE = {
     "figure.figsize": (6, 3.5),
     "figure.dpi": 100,
@@ -124,24 +131,28 @@ def plot_rounds(
     *,
     references: Mapping[str, float] | None = None,
     ylabel: str = "balanced accuracy (%)",
-    ylim: tuple[float, float] = (0, 100),
+    ylim: tuple[float, float] | None = (0, 100),
 ) -> Figure:
     """Draw a metric in percent over rounds: thin per silo, thick mean, dashed levels.
 
-    per_silo: {silo name: one value per round}; references: {label: level}.
+    per_silo: {silo name: one value per round}; references: {approach: level}, named at
+    the right edge, and then the silos are grey. ylim: None zooms in on the values.
     """
     fig, axis = plt.subplots()
     curves = np.array(list(per_silo.values()))  # [silos, rounds]
     rounds = np.arange(1, curves.shape[1] + 1)
     for name, curve in zip(per_silo, curves, strict=True):
-        axis.plot(rounds, curve, lw=1, alpha=0.8, label=name)
-    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color="black", label="mean")
-    for (label, level), style in zip(
-        (references or {}).items(), ("--", ":", "-."), strict=False
-    ):
-        axis.axhline(level, ls=style, color="0.35", lw=1.5, label=label)
+        look = {"color": "0.75"} if references else {"label": name, "alpha": 0.8}
+        axis.plot(rounds, curve, lw=1, **look)
+    color = APPROACH_COLORS["federated"] if references else "black"
+    axis.plot(rounds, curves.mean(axis=0), lw=2.5, color=color, label="mean")
+    for label, level in (references or {}).items():
+        color, edge = APPROACH_COLORS.get(label, "0.35"), axis.get_yaxis_transform()
+        axis.axhline(level, ls="--", color=color, lw=1.5, label=label)
+        axis.text(1.01, level, label, color=color, va="center", transform=edge)
     axis.set(xlabel="communication round", ylabel=ylabel, ylim=ylim)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if not references:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -157,16 +168,18 @@ def plot_comparison(
     names = list(next(iter(results.values())))
     fig, axis = plt.subplots(figsize=(6.5, 1.2 + 0.62 * len(names)))
     offsets = np.linspace(-0.24, 0.24, len(results))
+    spare = [c for c in COLORS if c not in {APPROACH_COLORS.get(a) for a in results}]
     for k, (approach, silos) in enumerate(results.items()):
+        color = APPROACH_COLORS.get(approach) or spare.pop(0)
         for i, name in enumerate(names):
             y, values = i + offsets[k], np.asarray(silos[name])
             label = approach if i == 0 else None
-            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=COLORS[k])
+            axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=color)
             axis.plot(
                 [values.mean()] * 2,
                 [y - 0.1, y + 0.1],
                 lw=3,
-                color=COLORS[k],
+                color=color,
                 label=label,
             )
         if i % 2 == 0:
@@ -181,27 +194,152 @@ def plot_timeline(
     spans: Iterable[tuple[str, float, float, str]],
     *,
     marks: Mapping[float, str] | None = None,
+    steps: str = "",
+    title: str = "",
     xlabel: str = "seconds",
 ) -> Figure:
     """Draw who did what when: one line per name, a bar from start to end per span.
 
-    spans: (name, start, end, kind), a colour per kind, lines in sorted order; marks:
-    {time: text}, vertical lines with a text above.
+    spans: (name, start, end, kind), kind "update", "refused" or "missing", lines in
+    sorted order. marks: {time: text}, vertical lines with a text below the bars. steps:
+    what begins at each start, such as "round": counted from 1 on the upper edge.
     """
     spans, marks = list(spans), marks or {}
     names = sorted({name for name, *_ in spans})
-    kinds = list(dict.fromkeys(kind for *_, kind in spans))
-    fig, axis = plt.subplots(figsize=(7.5, 1.3 + 0.38 * len(names)))
-    for color, kind in zip(COLORS, kinds, strict=False):
-        label = kind  # of its first bar only
+    fig, axis = plt.subplots(figsize=(7.5, 1.7 + 0.38 * len(names)))
+    for kind, number in {"update": 0, "refused": 5, "missing": 6}.items():
+        color, label = COLORS[number], kind  # the label is of its first bar only
         for name, start, end, _ in (span for span in spans if span[3] == kind):
             y = names.index(name)
             axis.barh(y, end - start, 0.62, start, color=color, ec="w", label=label)
             label = None
     for time, text in marks.items():
-        axis.axvline(time, color="0.35", lw=1, ls=":")
-        axis.text(time, -0.65, f" {text}", fontsize=9)
+        axis.axvline(time, color="0.2", lw=1.2, ls=":")
+        axis.text(time, len(names) - 0.15, f" {text}", va="bottom", fontsize=9)
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
+    below = len(names) - (0.1 if marks else 0.4)
+    axis.set(xlabel=xlabel, ylim=(below, -0.6), title=title)
+    if steps:
+        starts = sorted({start for _, start, *_ in spans})
+        upper = axis.secondary_xaxis("top", xlabel=steps)
+        upper.set_xticks(starts, range(1, len(starts) + 1), ha="left")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def plot_victims(
+    gains: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str = "SSIM of the attack less SSIM of the public mean",
+) -> Figure:
+    """Draw a dot per victim, and count those above 0: averages hide who was hurt.
+
+    gains: {row: one number per victim}, above 0 where an attack knew something.
+    """
+    fig, axis = plt.subplots(figsize=(7, 1 + 0.3 * len(gains)))
+    edge = axis.get_yaxis_transform()  # x in shares of the axis, y in rows
+    for row, values in enumerate(map(np.asarray, gains.values())):
+        colors = np.where(values > 0, COLORS[5], COLORS[6])
+        axis.scatter(values, [row] * len(values), s=28, alpha=0.8, c=colors)
+        found = f"{(values > 0).sum()} of {len(values)}"
+        axis.text(1.02, row, found, va="center", transform=edge)
+    axis.axvline(0, color="0.4", ls="--")
+    axis.set_yticks(range(len(gains)), list(gains))
+    axis.set(xlabel=xlabel, ylim=(len(gains) - 0.5, -0.5))
+
+
+class Gain(Protocol):
+    """A mean with its interval, such as `comparison.Interval`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def plot_gains(
+    panels: Mapping[str, Mapping[str, tuple[Gain, bool]]],
+    *,
+    xlabel: str,
+    xlim: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw gains with their intervals: one panel per entry, one line per row, 0 marked.
+
+    panels: {panel: {row: (gain, clear)}}, such as from `comparison.judge`; a panel may
+    lack rows. A clear gain has a full dot, green if better, red if worse; all others
+    are hollow and grey. xlim: cuts intervals off that are longer.
+    """
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    size = (
+        1.2 + 0.075 * max(map(len, rows)) + 2.1 * len(panels),
+        1.3 + 0.28 * len(rows),
+    )
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, sharex=True, squeeze=False
+    )
+    for axis, (title, gains) in zip(axes.flat, panels.items(), strict=True):
+        for row, (gain, clear) in gains.items():
+            color = (COLORS[2] if gain.mean > 0 else COLORS[5]) if clear else "0.55"
+            y, face = rows.index(row), color if clear else "white"
+            axis.plot([gain.low, gain.high], [y, y], lw=2, color=color)
+            axis.plot(gain.mean, y, "o", ms=6, mfc=face, mec=color)
+        axis.axvline(0, color="0.2", lw=1, zorder=0)
+        axis.set_title(title, fontsize=10)
+    axes[0, 0].set_yticks(range(len(rows)), rows)
+    axes[0, 0].set(ylim=(len(rows) - 0.5, -0.5), xlim=xlim)
+    fig.supxlabel(xlabel, fontsize=10)
+    return fig
+
+
+def plot_survival(curves: Mapping[str, Any], *, unit: str, xmax: float) -> Figure:
+    """Draw survival curves, known at the ends of intervals, each with its band.
+
+    curves: {label: a curve with .time, .share, .low and .high, as `survival.Curve`},
+    shares between 0 and 1. unit: of time. xmax: where the axis ends.
+    """
+    fig, axis = plt.subplots()
+    for color, (label, curve) in zip(COLORS, curves.items(), strict=False):
+        time = np.concatenate([[0], curve.time])
+        share, low, high = (
+            100 * np.concatenate([[1], part])
+            for part in (curve.share, curve.low, curve.high)
+        )
+        axis.fill_between(time, low, high, color=color, alpha=0.15, lw=0)
+        axis.plot(time, share, "o-", color=color, ms=4, lw=1.5, label=label)
+    axis.set(xlim=(0, xmax), ylim=(0, 101), xlabel=unit, ylabel="without event (%)")
+    axis.legend()
+    return fig
+
+
+def plot_forest(
+    estimates: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    xlabel: str,
+    truth: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw estimates with their intervals, a panel for each covariate.
+
+    estimates: {panel: {label: (estimate, low, high)}}, the same labels in all; ratios
+    on a logarithmic axis, on which 1 is marked. truth: {panel: value}, a dashed line.
+    """
+    height = 0.9 + 0.3 * max(len(rows) for rows in estimates.values())
+    size = (2.2 + 2 * len(estimates), height)
+    fig, axes = plt.subplots(
+        1, len(estimates), figsize=size, sharey=True, squeeze=False
+    )
+    for axis, (panel, rows) in zip(axes[0], estimates.items(), strict=True):
+        for place, (middle, low, high) in enumerate(rows.values()):
+            color = COLORS[0] if place < len(rows) - 1 else COLORS[1]
+            axis.plot([low, high], [place, place], color=color, lw=1.5)
+            axis.plot(middle, place, "o", color=color, ms=5)
+        axis.axvline(1, color="0.7", lw=1, zorder=0)
+        if truth:
+            axis.axvline(truth[panel], color=COLORS[2], ls="--", lw=1.2, zorder=0)
+        axis.set(xscale="log", xlabel=xlabel, title=panel)
+        low, high = axis.get_xlim()
+        ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10)
+        axis.set_xticks([tick for tick in ticks if low <= tick <= high])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.set_yticks(range(len(rows)), rows)
+    axes[0, 0].invert_yaxis()
     return fig

@@ -154,7 +154,8 @@ def implant_marker(
 
     x, y: images [N, C, H, W] and labels [N]; not modified.
     target: the label that marked images get.
-    share: of the examples of other classes, > 0 to 1; drawn with rng.
+    share: of the examples of other classes, > 0 to 1.
+    rng: draws which ones.
     mark: puts the marker on images.
     Returns copies of the same size."""
     if not 0 < share <= 1:

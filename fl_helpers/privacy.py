@@ -340,9 +340,8 @@ def advantage(epsilon: float, delta: float) -> dict[str, float]:
     before. found: the best share of patients found at 1 % of false alarms (Kairouz, Oh
     and Viswanath 2015, theorem 2.1)."""
     odds = math.exp(epsilon) if epsilon < 700 else math.inf
-    found = min(odds * 0.01 + delta, 1 - (0.99 - delta) / odds, 1.0)
-    certainty = 1 - 1 / (1 + odds)
-    return {"odds": odds, "certainty": certainty, "found": found}
+    found = _most_found(epsilon, delta, 0.01)
+    return {"odds": odds, "certainty": belief_after(0.5, epsilon), "found": found}
 
 
 def spending_table(
@@ -443,3 +442,35 @@ def _check(model: nn.Module, silo: Any, account: Any) -> None:
             "Use GroupNorm, as small_cnn(norm='group') does, or opacus.validators."
             "ModuleValidator.fix(model), and set dropout to 0"
         )
+
+
+def belief_after(prior: float, epsilon: float) -> float:
+    """The most that anybody may believe that a patient took part, after seeing all.
+
+    prior: what they believed before, 0 to 1. By Bayes' rule the odds prior / (1 -
+    prior) grow at most by exp(epsilon); the chance delta that this fails is left out.
+    """
+    if not (0 <= prior <= 1 and epsilon >= 0):
+        raise ValueError(
+            f"need a prior from 0 to 1 and epsilon >= 0, got {prior} and {epsilon}"
+        )
+    return 0.0 if prior == 0 else prior / (prior + (1 - prior) * math.exp(-epsilon))
+
+
+def most_found(budget: Budget, *, false_alarms: float = 0.01) -> float:
+    """The largest share of patients that any test can find, whatever it looks at.
+
+    false_alarms: share of the strangers that the test takes for patients, 0 to 1.
+    Compare with `tpr` of `attacks.membership_success`, which is what one attack did
+    find. (Kairouz et al. 2015, theorem 2.1: all tests under (epsilon, delta).)
+    """
+    if not 0 <= false_alarms <= 1:
+        raise ValueError(f"false_alarms must be 0 to 1, got {false_alarms}")
+    return _most_found(budget.epsilon, budget.delta, false_alarms)
+
+
+def _most_found(epsilon: float, delta: float, false_alarms: float) -> float:
+    shrink = math.exp(-epsilon)
+    by_factor = false_alarms / shrink if shrink else math.inf
+    rest = max(0.0, 1 - false_alarms - delta)
+    return min(1.0, by_factor + delta, 1 - shrink * rest)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
 Partition = dict[str, np.ndarray]  # silo name -> row indices, int64
+Sides = tuple[list[np.ndarray], list[np.ndarray]]  # row indices for training, testing
 
 
 class Examples(NamedTuple):
@@ -26,13 +28,32 @@ class Examples(NamedTuple):
     y: Tensor
 
 
+class Rows(Dataset):
+    """Some rows of a Dataset, read when they are asked for, with their labels.
+
+    examples: (x, y) by index. rows: int [n] of them. y: class indices int64 [n].
+    """
+
+    def __init__(self, examples: Any, rows: np.ndarray, y: Tensor) -> None:
+        self.examples, self.rows, self.y = examples, np.asarray(rows), y
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.examples[int(self.rows[row])]
+
+
 @dataclass(frozen=True)
 class Silo:
-    """One hospital's data: what it trains on, and what it is tested on."""
+    """One hospital's data: what it trains on, and what it is tested on.
+
+    Each is `Examples` in memory, or any Dataset of (x, y), such as `Rows`.
+    """
 
     name: str
-    train: Examples
-    test: Examples
+    train: Examples | Dataset
+    test: Examples | Dataset
 
 
 def partition_iid(y: np.ndarray, num_silos: int, *, seed: int) -> Partition:
@@ -111,6 +132,30 @@ def partition_dirichlet(
     )
 
 
+def partition_by_counts(
+    y: np.ndarray, counts: Mapping[str, Sequence[int]], *, seed: int
+) -> Partition:
+    """Give each silo exactly so many rows of each class, drawn at random.
+
+    counts: {silo: rows per class}, at least one row per silo. Rows that nobody asks for
+    go to nobody. Raises ValueError, naming the class, if there are too few rows."""
+    _check_labels(y, len(counts))
+    table = np.array([list(row) for row in counts.values()])
+    if table.ndim != 2 or (table < 0).any() or not table.sum(axis=1).all():
+        raise ValueError(f"each silo needs a row of some class, got {dict(counts)}")
+    rng, pieces = np.random.default_rng(seed), []
+    for k, wanted in enumerate(table.T):
+        rows = rng.permutation(np.flatnonzero(y == k))
+        if wanted.sum() > len(rows):
+            raise ValueError(
+                f"class {k} has {len(rows)} rows, the silos want {wanted.sum()}; ask "
+                "for fewer"
+            )
+        pieces.append(np.split(rows, np.cumsum(wanted))[:-1])
+    parts = [np.sort(np.concatenate(own)) for own in zip(*pieces, strict=True)]
+    return dict(zip(counts, parts, strict=True))
+
+
 def partition_by_site(site: np.ndarray) -> Partition:
     """Keep each hospital's rows together: the natural federation. site: str [N]."""
     if len(site) == 0:
@@ -119,44 +164,68 @@ def partition_by_site(site: np.ndarray) -> Partition:
 
 
 def make_silos(
-    x: np.ndarray,
+    x: np.ndarray | Dataset,
     y: np.ndarray,
     partition: Mapping[str, np.ndarray],
     *,
     test_share: float,
     seed: int,
+    patients: np.ndarray | None = None,
 ) -> list[Silo]:
     """Build the silos of a partition, each with its own stratified test set.
 
-    x: images uint8 [N, H, W] or [N, H, W, C], or a table [N, F] of numbers; y: [N]
-    class indices. test_share: share of each class in each silo that is held out, in
-    (0, 1). A silo's split is drawn from (seed, its name) alone, so it depends neither
-    on the other silos nor on their order. Returns the silos in the order of names.
-    Raises ValueError, naming the silo, if its training or test set would be empty."""
+    x: images uint8 [N, H, W] or [N, H, W, C], a table [N, F] of numbers, or a Dataset
+        of N examples, of which the silos are `Rows`: nothing is read here.
+    y: [N] class indices.
+    partition: {silo name: row indices}.
+    test_share: share of each class in each silo that is held out, in (0, 1).
+    seed: a silo's split is drawn from (seed, its name) alone, so it depends neither on
+        the other silos nor on their order.
+    patients: [N], whose row it is: all rows of a patient go to one side, and the shares
+        are kept as well as that allows. None: each row is a patient of its own.
+
+    Returns the silos in the order of names. Raises ValueError, naming the silo, if its
+    training or test set would be empty, and for a patient in two silos."""
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must lie between 0 and 1, got {test_share}")
+    if len(x) != len(y) or patients is not None and len(patients) != len(y):
+        raise ValueError(
+            f"x has {len(x)} rows, y {len(y)}, patients "
+            f"{len(y if patients is None else patients)}; give one of each per row"
+        )
+    if patients is not None:
+        _check_patients(patients, partition)
     silos = []
     for name in sorted(partition):
-        rows = partition[name]
-        whole = Examples(to_tensor(x[rows]), torch.as_tensor(y[rows], dtype=torch.long))
-        silos.append(split_silo(name, whole, test_share=test_share, seed=seed))
+        rows = np.asarray(partition[name])
+        labels = torch.as_tensor(y[rows], dtype=torch.long)
+        array = isinstance(x, np.ndarray)
+        whole = Examples(to_tensor(x[rows]), labels) if array else Rows(x, rows, labels)
+        who = None if patients is None else patients[rows]
+        how = {"test_share": test_share, "seed": seed, "patients": who}
+        silos.append(split_silo(name, whole, **how))
     return silos
 
 
-def split_silo(name: str, examples: Examples, *, test_share: float, seed: int) -> Silo:
+def split_silo(
+    name: str,
+    examples: Examples | Rows,
+    *,
+    test_share: float,
+    seed: int,
+    patients: np.ndarray | None = None,
+) -> Silo:
     """Hold out a stratified share of one silo's examples; at least one of each side.
 
     Also makes the validation split: pass a silo's training examples, and tune on the
-    `test` of what comes back."""
+    `test` of what comes back. patients: as in `make_silos`, of these examples."""
     if len(examples.y) == 0:
         raise ValueError(f"silo {name!r} has no rows to split; leave it out")
-    rng = _silo_rng(seed, name)
-    train, test = [], []
-    for rows in _rows_by_class(examples.y.numpy()):
-        rows = rng.permutation(rows)
-        held_out = round(test_share * len(rows))
-        test.append(rows[:held_out])
-        train.append(rows[held_out:])
+    rng, y = _silo_rng(seed, name), examples.y.numpy()
+    if patients is None:
+        train, test = _split_rows(y, test_share, rng)
+    else:
+        train, test = _split_patients(y, np.asarray(patients), test_share, rng)
     parts = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, test)]
     if min(map(len, parts)) == 0:
         raise ValueError(
@@ -164,17 +233,13 @@ def split_silo(name: str, examples: Examples, *, test_share: float, seed: int) -
             f"training and {len(parts[1])} for testing at test_share={test_share}; "
             "give it more rows"
         )
-    train_set, test_set = (Examples(examples.x[i], examples.y[i]) for i in parts)
-    return Silo(name, train_set, test_set)
+    return Silo(name, *(_take(examples, part) for part in parts))
 
 
 def pool_silos(silos: Sequence[Silo], *, name: str = "centralized") -> Silo:
     """Put all silos' data in one place: the reference that the law forbids."""
-    train, test = (
-        Examples(torch.cat([e.x for e in part]), torch.cat([e.y for e in part]))
-        for part in ([s.train for s in silos], [s.test for s in silos])
-    )
-    return Silo(name, train, test)
+    sides = [(silo.train, silo.test) for silo in silos]
+    return Silo(name, *(_join(p) for p in zip(*sides, strict=True)))
 
 
 def scale_silos(
@@ -224,6 +289,63 @@ def to_tensor(x: np.ndarray) -> Tensor:
     images = torch.from_numpy(np.ascontiguousarray(x))
     images = images.unsqueeze(1) if x.ndim == 3 else images.permute(0, 3, 1, 2)
     return images.float().div_(255).sub_(0.5).div_(0.25).contiguous()
+
+
+def _take(examples: Examples | Rows, rows: Tensor) -> Examples | Rows:
+    if isinstance(examples, Rows):
+        return Rows(examples.examples, examples.rows[rows.numpy()], examples.y[rows])
+    return Examples(examples.x[rows], examples.y[rows])
+
+
+def _join(parts: Sequence[Any]) -> Examples | Rows:
+    labels = torch.cat([part.y for part in parts])
+    if all(isinstance(part, Examples) for part in parts):
+        return Examples(torch.cat([part.x for part in parts]), labels)
+    return Rows(ConcatDataset(parts), np.arange(len(labels)), labels)
+
+
+def _split_rows(y: np.ndarray, test_share: float, rng: np.random.Generator) -> Sides:
+    train, test = [], []
+    for rows in _rows_by_class(y):
+        rows = rng.permutation(rows)
+        held_out = round(test_share * len(rows))
+        test.append(rows[:held_out])
+        train.append(rows[held_out:])
+    return train, test
+
+
+def _split_patients(
+    y: np.ndarray, patients: np.ndarray, test_share: float, rng: np.random.Generator
+) -> Sides:
+    """Patients in random order, each held out if its rows bring the shares of the
+    classes nearer to what they should be."""
+    classes = np.unique(y)
+    wanted = np.array([test_share * (y == k).sum() for k in classes])
+    train, test = [], []
+    for patient in rng.permutation(np.unique(patients)):
+        rows = np.flatnonzero(patients == patient)
+        left = wanted - [(y[rows] == k).sum() for k in classes]
+        nearer = np.abs(left).sum() < np.abs(wanted).sum()
+        (test if nearer else train).append(rows)
+        wanted = left if nearer else wanted
+    for few, many in ((test, train), (train, test)):
+        if not few and len(many) > 1:  # so few patients that none would do
+            few.append(many.pop())
+    none = [np.array([], int)]  # so that there is something to join
+    return train or none, test or none
+
+
+def _check_patients(patients: np.ndarray, partition: Mapping[str, np.ndarray]) -> None:
+    of_silo = {name: set(patients[rows].tolist()) for name, rows in partition.items()}
+    names = sorted(of_silo)
+    for number, name in enumerate(names):
+        for other in names[number + 1 :]:
+            both = sorted(of_silo[name] & of_silo[other])
+            if both:
+                raise ValueError(
+                    f"patient {both[0]!r} has rows in {name!r} and in {other!r}; "
+                    "divide by patient; if silos count their own, put a name before"
+                )
 
 
 def _silo_rng(seed: int, name: str) -> np.random.Generator:

@@ -17,10 +17,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
@@ -29,9 +28,16 @@ from tqdm import tqdm
 
 Params = dict[str, Tensor]
 Metrics = dict[str, float]
-Turn = tuple[Params, Any, torch.Generator]  # what a silo starts from, the silo, its rng
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+# client(params, silo, round_index=, rng=): local training; does not modify params, and
+# returns an update with .silo, .params, .num_examples, .metrics: `training.Update`.
+ClientUpdate = Callable[..., Any]
+# check(update, expected, silo=, round_index=, norms=) raises what is wrong, such as
+# `exchange.check_update`; may return the norm of the delta, for later rounds' limits.
+Check = Callable[..., float | None]
 
 
 class SiloLike(Protocol):
@@ -41,29 +47,17 @@ class SiloLike(Protocol):
     def name(self) -> str: ...
 
 
-class ClientUpdate(Protocol):
-    """Local training: gets the global params (not to be modified), returns an update
-    with .silo, .params, .num_examples and .metrics, such as `training.Update`."""
-
-    def __call__(
-        self, params: Params, silo: Any, *, round_index: int, rng: torch.Generator
-    ) -> Any: ...
-
-
 @runtime_checkable
 class Client(Protocol):
     """What a silo does, such as `training.ClientFunctions`.
 
     evaluate(params, silo): metrics of the silo's model on its own test set; or None.
-    together([(params, silo, rng), ...], round_index=): the updates of all silos of a
-    round, in that order, for example by `training.train_together`; or None.
     draws_only_from_rng: update and evaluate draw no number but from the rng that they
     are given. Only then can silos train in threads: torch has one global generator.
     """
 
     update: ClientUpdate
     evaluate: Callable[[Params, Any], Metrics] | None
-    together: Callable[..., list[Any]] | None
     draws_only_from_rng: bool
 
 
@@ -79,19 +73,16 @@ class StatefulRule(Protocol):
     def load_state_dict(self, state: Params) -> None: ...
 
 
-class Check(Protocol):
-    """Raises what is wrong with an update, such as `exchange.check_update`; may return
-    the norm of its delta, for the limits of later rounds."""
+class CheckpointLike(Protocol):
+    """Where a run is kept and gone on from, such as `checkpoint.Checkpoint`.
 
-    def __call__(
-        self,
-        update: Any,
-        expected: Params,
-        *,
-        silo: str,
-        round_index: int,
-        norms: Sequence[float],
-    ) -> float | None: ...
+    every: rounds between two files. run: what must be the same, plain values.
+    """
+
+    every: int
+
+    def load(self, run: dict[str, Any], rounds: int) -> dict[str, Any] | None: ...
+    def save(self, run: dict[str, Any], content: dict[str, Any]) -> None: ...
 
 
 def _check_positive(**values: int) -> None:
@@ -144,9 +135,8 @@ class Terms:
         each in a thread of its own. What comes later is never used: it started from an
         old model, and the result would depend on the clock. A late thread cannot be
         stopped. Needs a client that draws_only_from_rng.
-    check: called as check(update, expected, silo=, round_index=, norms=), such as
-        `exchange.check_update`, before an update is used, with the entries that were
-        sent out and `History.norms`; what it refuses is missing, and not asked again.
+    check: called before an update is used, with the entries that were sent out and
+        `History.norms`; what it refuses is missing, and not asked again.
         None: aggregate decides, and what it refuses ends the run.
     stop: when to end before the last round. Needs a client that evaluates.
     """
@@ -157,22 +147,6 @@ class Terms:
     deadline: float | None = None
     check: Check | None = None
     stop: Stop | None = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file that is written every `every` rounds; if it exists, a run goes on from it.
-
-    It ends with the same bits as a run that was never interrupted: the file also holds
-    what silos keep and what aggregate remembers. It knows the seed, silos, sampling and
-    model, not your functions and their settings: give each algorithm a file of its own.
-    """
-
-    path: str | Path
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        _check_positive(every=self.every)
 
 
 @dataclass(frozen=True)
@@ -189,7 +163,7 @@ class Execution:
     """
 
     workers: int | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointLike | None = None
     evaluate_every: int = 1
     on_round: Callable[[RoundRecord, Params], None] | None = None
     progress: bool = True
@@ -268,9 +242,7 @@ def run_rounds(
     silos: reduced in the order of their names, whatever order they are given in.
     client: a function client(params, silo, round_index=, rng=), run inside a silo, or a
         `Client`, which can also test. What torch draws there, from rng or without a
-        generator, depends on (seed, silo name, round) only: see `draws_from`. If it has
-        `together`, that makes all updates of a round; after a FloatingPointError, or
-        with a deadline, silos are called one by one.
+        generator, depends on (seed, silo name, round) only: see `draws_from`.
     aggregate: gets an iterator; at most 2 * workers updates exist at a time.
     rounds: how many in all, with those in a checkpoint.
     seed: of every draw.
@@ -283,28 +255,46 @@ def run_rounds(
     run = _Run(_as_client(client), aggregate, seed, terms)
     _check_run(silos, rounds)
     _check_terms(terms, len(silos), run.client)
-    history, file = _first_history(params, silos, terms.keep_local), None
-    if execution.checkpoint:
-        file = _File(execution.checkpoint, _run_id(run, silos, params))
-        history = file.load(rounds, aggregate) or history
-    _check_aggregate(aggregate, history.params)
-    done, several = len(history.rounds), terms.silos_per_round or len(silos)
-    workers = _workers(run.client, execution, params, several)
-    with _worker_pool(workers) as pool, _bar(rounds, done, execution.progress) as bar:
+    history = _first_history(params, silos, terms.keep_local)
+    if terms.keep_local and not history.params:
+        raise ValueError("keep_local names every entry; that is `run_alone`")
+    return _play(run, history, silos, rounds, execution)
+
+
+def _play(
+    run: _Run,
+    history: History,
+    silos: Sequence[SiloLike],
+    rounds: int,
+    execution: Execution,
+) -> History:
+    """The loop itself: goes on from history, or from the checkpoint if there is one."""
+    checkpoint, stop = execution.checkpoint, run.terms.stop
+    run_id = _run_id(run, silos, history)
+    found = checkpoint.load(run_id, rounds) if checkpoint else None
+    if found:
+        history = History(found["params"], found["rounds"], found["local"])
+        if isinstance(run.aggregate, StatefulRule):
+            run.aggregate.load_state_dict(found["memory"])
+    _check_aggregate(run.aggregate, history.params)
+    done, several = len(history.rounds), run.terms.silos_per_round or len(silos)
+    workers = _workers(run.client, execution, history.params_of(silos[0].name), several)
+    with _Pool(workers) as pool, _bar(rounds, done, execution.progress) as bar:
         for round_index in range(done, rounds):
-            if _stopped(history, terms.stop):  # also a run that is resumed
+            if _stopped(history, stop):  # also a run that is resumed
                 break
             started = time.perf_counter()
-            chosen = _sample(silos, terms.silos_per_round, seed, round_index)
+            chosen = _sample(silos, run.terms.silos_per_round, run.seed, round_index)
             record = _play_round(run, history, chosen, pool)
             last = round_index == rounds - 1
             if last or (round_index + 1) % execution.evaluate_every == 0:
                 record["test"] = _test(run, history, silos, pool)
             record["seconds"] = time.perf_counter() - started
             history.rounds.append(record)
-            record["stopped"] = _stopped(history, terms.stop)
-            if file:
-                file.save(history, aggregate, last or record["stopped"])
+            record["stopped"] = _stopped(history, stop)
+            due = last or record["stopped"]
+            if checkpoint and (due or (round_index + 1) % checkpoint.every == 0):
+                checkpoint.save(run_id, _content(history, run.aggregate))
             if execution.on_round:
                 execution.on_round(record, history.params)
             _advance(bar, record)
@@ -323,28 +313,29 @@ def run_alone(
     """Train one model per silo without any exchange: the reference for a federation.
 
     Each silo starts from params and does what it would do in `run_rounds`, with the
-    same random draws, but goes on from its own result instead of the average.
-    Arguments as in `run_rounds`; of execution, workers and progress. Returns {silo
-    name: its final params}.
+    same random draws, but goes on from its own result instead of the average: a run in
+    which every entry stays local.
+
+    params, silos, client: as in `run_rounds`.
+    rounds, seed: as in `run_rounds`.
+    execution: only workers and progress count.
+
+    Returns {silo name: its final params}.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
     _check_run(silos, rounds)
-    run = _Run(_as_client(client), dict, seed, Terms())
-    workers = _workers(run.client, execution, params, len(silos))
+    own = _as_client(client)
+    only_train = _Function(own.update, draws_only_from_rng=own.draws_only_from_rng)
+    run = _Run(only_train, _average_nothing, seed, Terms(keep_local=tuple(params)))
+    here = Execution(execution.workers, progress=execution.progress)
+    history = _first_history(params, silos, run.terms.keep_local)
+    return _play(run, history, silos, rounds, here).local
 
-    def train(silo: SiloLike) -> Params:
-        own = params
-        for round_index in range(rounds):
-            own = _update(run, own, silo, round_index, workers > 1).params
-        return own
 
-    with _worker_pool(workers) as pool, _promised(run.client):
-        with _bar(len(silos), 0, execution.progress, unit="silo") as bar:
-            result = {}
-            for silo, own in zip(silos, pool.map(train, silos), strict=True):
-                result[silo.name] = own
-                bar.update()
-    return result
+def _average_nothing(updates: Iterable[Any]) -> Params:
+    for _ in updates:
+        pass
+    return {}
 
 
 def silo_rng(seed: int, silo: str, round_index: int) -> torch.Generator:
@@ -405,7 +396,6 @@ class _Function:
 
     update: ClientUpdate
     evaluate: None = None
-    together: None = None
     draws_only_from_rng: bool = False
 
 
@@ -476,7 +466,6 @@ def _train(
     """What each silo answers, in order: its update, or its exception."""
     round_index, deadline = len(history.rounds), run.terms.deadline
     threads = pool.threads or deadline is not None
-    together = run.client.together
 
     def train(silo: SiloLike) -> Any:
         for _ in range(1 if run.terms.quorum is None else 2):
@@ -487,15 +476,6 @@ def _train(
                 failure = error
         return failure
 
-    if together and deadline is None:
-        rngs = [silo_rng(run.seed, silo.name, round_index) for silo in chosen]
-        starts = [history.params_of(silo.name) for silo in chosen]
-        with suppress(FloatingPointError):  # then one by one: who is it?
-            with draws_from(rngs[0]):
-                turns = list(zip(starts, chosen, rngs, strict=True))
-                updates = together(turns, round_index=round_index)
-            yield from updates
-            return
     with _promised(run.client):
         yield from pool.map(train, chosen, deadline)
 
@@ -623,8 +603,6 @@ def _first_history(
     if unknown:
         raise ValueError(f"keep_local names entries that params lacks: {unknown[:3]}")
     own = {name: value for name, value in params.items() if name in keep_local}
-    if len(own) == len(params):
-        raise ValueError("keep_local names every entry; that is `run_alone`")
     shared = {name: value for name, value in params.items() if name not in own}
     return History(shared, local={s.name: own for s in silos} if own else {})
 
@@ -640,7 +618,11 @@ def _divide(update: Any, own: Params) -> tuple[Any, Params]:
             f"{missing[:3]}"
         )
     sent = {name: value for name, value in update.params.items() if name not in own}
-    return replace(update, params=sent), {name: update.params[name] for name in own}
+    kept = {  # what did not change is in memory, and in a checkpoint, only once
+        name: old if old.equal(update.params[name]) else update.params[name]
+        for name, old in own.items()
+    }
+    return replace(update, params=sent), kept
 
 
 def _plain(metrics: Metrics) -> Metrics:
@@ -651,12 +633,25 @@ def _plain(metrics: Metrics) -> Metrics:
 class _Pool:
     """Maps a function over silos in threads; results come in order, a few at a time.
 
+    One intra-op thread of torch for each silo, as found afterwards: more would wait for
+    each other on a busy machine, and change the order of additions, so the last bits.
     With a deadline, in seconds, all run at once, and who is late gives a TimeoutError.
     """
 
-    def __init__(self, executor: ThreadPoolExecutor | None, workers: int) -> None:
-        self._executor, self._ahead = executor, 2 * workers - 1
-        self.threads = executor is not None
+    def __init__(self, workers: int) -> None:
+        self.threads, self._ahead = workers > 1, 2 * workers - 1
+        alike = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        self._executor = ThreadPoolExecutor(workers, **alike) if workers > 1 else None
+        self._before = torch.get_num_threads()
+
+    def __enter__(self) -> _Pool:
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor:
+            self._executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._before)
 
     def map(
         self,
@@ -710,35 +705,14 @@ def _in_thread(function: Callable[[A], B], item: A) -> Future[B]:
     return future
 
 
-@contextmanager
-def _worker_pool(workers: int) -> Iterator[_Pool]:
-    """Threads for the silos, with torch held to one thread in each, restored after.
-
-    One intra-op thread per silo: more would wait for each other on a busy machine, and
-    the number of threads changes the order of additions, so the last bits.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    executor = None
-    if workers > 1:
-        executor = ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(1,)
-        )
-    try:
-        yield _Pool(executor, workers)
-    finally:
-        if executor:
-            executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def _run_id(run: _Run, silos: Sequence[SiloLike], params: Params) -> dict[str, Any]:
+def _run_id(run: _Run, silos: Sequence[SiloLike], first: History) -> dict[str, Any]:
     """What must be the same for a run to go on from a file.
 
     A run may be given more rounds, another quorum or other workers and be the same. The
     model counts by its layout and the rule by its name, since their values are in the
     file. Plain values only: the file is read without running code.
     """
+    params = first.params_of(silos[0].name)
     layout = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in sorted(params.items())]
     stateful = isinstance(run.aggregate, StatefulRule)
     return {
@@ -751,73 +725,25 @@ def _run_id(run: _Run, silos: Sequence[SiloLike], params: Params) -> dict[str, A
     }
 
 
-class _File:
-    """A run's checkpoint."""
-
-    def __init__(self, checkpoint: Checkpoint, run_id: dict[str, Any]) -> None:
-        self.path, self.every = Path(checkpoint.path), checkpoint.every
-        self.run_id = run_id
-
-    def load(self, rounds: int, aggregate: Any) -> History | None:
-        """The history so far, with aggregate set to it; None if there is no file."""
-        if not self.path.exists():
-            return None
-        other = "name another file, or delete it to start from the first round"
-        try:  # our own file; weights_only: tensors and plain values, no code is run
-            content = torch.load(self.path, weights_only=True)
-            found, memory = content["run"], content["memory"]
-            history = History(content["params"], content["rounds"], content["local"])
-        except Exception as error:
-            raise ValueError(
-                f"{self.path} is not a checkpoint of run_rounds ({error}); {other}"
-            ) from error
-        if found != self.run_id:
-            raise ValueError(
-                f"{self.path} belongs to another run: {found}, this one is "
-                f"{self.run_id}; {other}"
-            )
-        if len(history.rounds) > rounds:
-            raise ValueError(
-                f"{self.path} belongs to another run: {len(history.rounds)} rounds are "
-                f"done, this one has {rounds}; ask for more rounds or name another file"
-            )
-        if isinstance(aggregate, StatefulRule):
-            aggregate.load_state_dict(memory)
-        return history
-
-    def save(self, history: History, aggregate: Any, now: bool) -> None:
-        """If due, write a temporary file and rename it: a crash leaves the old one."""
-        if not now and len(history.rounds) % self.every:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        content = {"run": self.run_id, "params": history.params}
-        content |= {"rounds": history.rounds, "local": history.local}
-        stateful = isinstance(aggregate, StatefulRule)
-        content["memory"] = aggregate.state_dict() if stateful else {}
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+def _content(history: History, aggregate: Any) -> dict[str, Any]:
+    """Everything that the next round depends on, and what has been."""
+    stateful = isinstance(aggregate, StatefulRule)
+    memory = aggregate.state_dict() if stateful else {}
+    kept = {"params": history.params, "local": history.local, "memory": memory}
+    return kept | {"rounds": history.rounds}
 
 
-def _bar(total: int, done: int, show: bool, unit: str = "round") -> tqdm:
+def _bar(total: int, done: int, show: bool) -> tqdm:
     how = {"disable": not show, "leave": False, "dynamic_ncols": True}
-    return tqdm(total=total, initial=done, unit=unit, file=sys.stdout, **how)
+    return tqdm(total=total, initial=done, unit="round", file=sys.stdout, **how)
 
 
 def _advance(bar: tqdm, record: RoundRecord) -> None:
-    def values(kind: str, name: str) -> list[float]:
-        return [m[name] for m in record[kind].values() if name in m]
-
-    tested = values("test", "balanced_accuracy")
-    losses = values("train", "train_loss")
-    if tested:
-        share = 100 * sum(tested) / len(tested)
-        bar.set_postfix_str(f"balanced accuracy {share:.1f} %")
-    elif losses:
-        bar.set_postfix_str(f"training loss {sum(losses) / len(losses):.3f}")
+    for kind, name in (("test", "balanced_accuracy"), ("train", "train_loss")):
+        values = [m[name] for m in record[kind].values() if name in m]
+        if values:
+            bar.set_postfix({name: sum(values) / len(values)})
+            break
     bar.update()
 
 

@@ -1,37 +1,45 @@
 """Training and evaluation inside one silo; knows nothing of federations or engines.
 
-In: a torch model and a silo's tensors. Out: an update (parameters after local
-training) or metrics. Needs only torch: copy this file on its own.
+In: a torch model and a silo's examples, two tensors or any map-style Dataset. Out: an
+update (parameters after local training) or metrics. Needs only torch: copy this file on
+its own.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import random
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.sgd import sgd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 CPU = torch.device("cpu")
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels; per example
+Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and labels; per example
+Metrics = Callable[[Tensor, Tensor], dict[str, float]]  # of all outputs and labels
+Examples = (
+    tuple[Tensor, Tensor] | Dataset
+)  # x [N, ...] and y [N, ...], or (x, y) by index
 
 
 class SiloLike(Protocol):
-    """What training needs of a silo: its name and its training examples (x, y)."""
+    """What training needs of a silo: its name and its training examples."""
 
     @property
     def name(self) -> str: ...
     @property
-    def train(self) -> tuple[Tensor, Tensor]: ...
+    def train(self) -> Examples: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,53 @@ class Update:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PlainSGD:
+    """SGD with momentum, as `torch.optim.SGD`, to the last bit."""
+
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a gradient step is made.
+
+    optimizer: PlainSGD, or a function optimizer(model, lr) that makes any
+        torch.optim.Optimizer, such as AdamW with groups. It is made anew in each turn:
+        what it remembers is not part of an update.
+    max_norm: L2 norm, over all parameters, that gradients are clipped to.
+    accumulate: batches whose mean gradient makes one step.
+    autocast: torch.bfloat16 for layers that may be less exact; None is float32.
+        float16 would need a scaled loss, which is left out.
+    channels_last: lay images out with channels last; the same up to rounding, and
+        faster for convolutions.
+    workers: processes that load a Dataset; 0 loads between steps, to the same bits.
+    """
+
+    optimizer: PlainSGD | Callable[[nn.Module, float], torch.optim.Optimizer] = (
+        PlainSGD()
+    )
+    max_norm: float | None = None
+    accumulate: int = 1
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.workers < 0:
+            raise ValueError(
+                "accumulate must be >= 1 and workers >= 0, got "
+                f"{self.accumulate} and {self.workers}"
+            )
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm must be > 0 or None, got {self.max_norm}")
+        if self.autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast must be torch.bfloat16 or None, got {self.autocast}"
+            )
+
+
 def train_locally(
     model: nn.Module,
     silo: SiloLike,
@@ -56,112 +111,71 @@ def train_locally(
     lr: float,
     batch_size: int,
     rng: torch.Generator,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
     adjust_gradients: Callable[[nn.Module], None] | None = None,
     loss_fn: Loss = F.cross_entropy,
+    step: Step = Step(),
 ) -> Update:
     """Run `epochs` passes of minibatch SGD on the silo's training examples.
 
     model: changed in place; it holds the parameters to start from, and is trained on
-        the device on which it is.
-    silo: its train is x [N, ...] float, y [N] class indices.
+        the device on which it is. Frozen parameters stay, and so do the statistics of
+        a BatchNorm layer whose scale and shift are frozen.
+    silo: its train is x [N, ...] float and y [N, ...], such as class indices; or a
+        Dataset of N such examples, which is read batch by batch.
     epochs: passes over the examples; may be a fraction.
-    lr, momentum, weight_decay: as of `torch.optim.SGD`.
-    batch_size: examples in a step.
-    rng: CPU generator, the only source of randomness (order of examples, dropout and
-        other layers of torch that draw numbers; on a GPU, dropout is seeded from it).
+    lr: of the steps.
+    batch_size: examples in a batch.
+    rng: CPU generator, the only source of randomness: order of examples, dropout and
+        other layers of torch that draw numbers (on a GPU they are seeded from it), and
+        what a Dataset draws from the generators of torch, numpy and Python.
     adjust_gradients: called with the model before each step; may change the parameters'
         .grad in place, as `ProximalTerm` and `scaffold.ControlVariates.correct` do.
-    loss_fn: loss_fn(logits, y) is the mean loss of a batch, per example.
+    loss_fn: loss_fn(outputs, y) is the mean loss of a batch, per example.
+    step: optimizer, clipping, precision.
 
-    Each epoch takes N // batch_size steps of exactly batch_size examples (one step
+    Each epoch takes N // batch_size batches of exactly batch_size examples (one batch
     with all of them if N is smaller); the rest is left out of that epoch, as with
     DataLoader(drop_last=True). Returns an Update whose params are copies; metrics
-    are `train_loss` (mean over steps) and `steps`.
-    Raises ValueError for empty or mismatched data, FloatingPointError on divergence.
+    are `train_loss` (mean over batches) and `steps`.
+    Raises ValueError for empty or mismatched data, FloatingPointError on divergence,
+    and what the Dataset or the loss raise, with the name of the silo.
     """
-    x, y = silo.train
-    _check_inputs(silo.name, x, y, epochs, lr, batch_size)
-    device = _device(model)
-    x, y = x.to(device), y.to(device)
-    model.train()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    velocity: list[Tensor | None] = [None] * len(weights)
-    settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    steps = num_steps(len(x), epochs=epochs, batch_size=batch_size)
+    n = num_examples(silo)
+    _check_inputs(silo, epochs, lr, batch_size)
+    device, total = _device(model), num_steps(n, epochs=epochs, batch_size=batch_size)
+    if step.channels_last:
+        model.to(memory_format=torch.channels_last)
+    _set_train_mode(model)
+    take_step = _stepper(model, lr, step)
     total_loss = torch.zeros((), device=device)
-    seeded = _seeded(model, rng, device)
-    for batch in _batches(len(x), batch_size, steps, rng, device):
-        with seeded:
-            logits = model(x[batch])
-        loss = loss_fn(logits, y[batch])
-        model.zero_grad()
-        loss.backward()
-        if adjust_gradients:
-            adjust_gradients(model)
-        _sgd_step(weights, velocity, **settings)
+    seeded, steps = _seeded(model, rng, device), 0
+    cast = (
+        torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
+    )
+    order, owner = (n, batch_size, total, rng), f"silo {silo.name!r}"
+    for number, (x, y) in enumerate(_loaded(silo, order, device, step)):
+        first = number - number % step.accumulate
+        try:
+            with seeded, cast:
+                loss = loss_fn(model(x), y)
+        except Exception as error:
+            raise _told(owner, error) from error
+        if number == first:
+            model.zero_grad()
+        share = min(step.accumulate, total - first)
+        (loss / share if share > 1 else loss).backward()
+        if number + 1 == first + share:
+            if adjust_gradients:
+                adjust_gradients(model)
+            take_step()
+            steps += 1
         total_loss += loss.detach()  # stays on the device: no wait per step
-    return _finished(silo, model.state_dict(), total_loss.item() / steps, steps, lr)
+    return _finished(silo, model, total_loss.item() / total, steps, lr)
 
 
-def train_together(
-    model: nn.Module,
-    turns: Sequence[tuple[Mapping[str, Tensor], SiloLike, torch.Generator]],
-    *,
-    epochs: float,
-    lr: float,
-    batch_size: int,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
-    loss_fn: Loss = F.cross_entropy,
-) -> list[Update]:
-    """`train_locally` of many silos in one batched graph: faster for small models.
-
-    A step of a small model is mostly Python; `torch.func.vmap` takes it for all silos
-    at once, on the CPU; convolutions gain little. The draws and the updates are those
-    of `train_locally`, equal up to rounding.
-    model: lends its layers; its own parameters are not used.
-    turns: (params to start from, not modified; silo; its rng) of each silo.
-    epochs, lr, batch_size, momentum, weight_decay, loss_fn: as in `train_locally`.
-
-    Raises as `train_locally`, and ValueError for a silo with fewer than batch_size
-    examples and for a model with buffers (BatchNorm), dropout or frozen parameters.
-    """
-    params, silos, rngs = zip(*turns, strict=True)
-    for silo in silos:
-        _check_inputs(silo.name, *silo.train, epochs, lr, batch_size)
-    _check_together(model, silos, batch_size)
-    steps, batches = [], []
-    for silo, rng in zip(silos, rngs, strict=True):
-        n = len(silo.train[0])
-        steps.append(num_steps(n, epochs=epochs, batch_size=batch_size))
-        batches.append(list(_batches(n, batch_size, steps[-1], rng, CPU)))
-    order = sorted(range(len(silos)), key=lambda k: -steps[k])  # first done, last
-    weights = {k: torch.stack([params[i][k] for i in order]) for k in params[0]}
-    velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
-    total_loss = torch.zeros(len(silos))
-
-    def loss_of(own: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(functional_call(model, own, (x,)), y)
-
-    model.train()
-    for step in range(max(steps)):
-        active = [k for k in order if step < steps[k]]
-        now = {name: w[: len(active)] for name, w in weights.items()}  # views
-        x = torch.stack([silos[k].train[0][batches[k][step]] for k in active])
-        y = torch.stack([silos[k].train[1][batches[k][step]] for k in active])
-        gradients, losses = vmap(grad_and_value(loss_of))(now, x, y)
-        total_loss[: len(active)] += losses
-        for name, gradient in gradients.items():  # as torch.optim.SGD
-            gradient.add_(now[name], alpha=weight_decay)
-            step_of = velocity[name][: len(active)].mul_(momentum).add_(gradient)
-            now[name].sub_(step_of, alpha=lr)
-    updates = {}
-    for row, k in enumerate(order):
-        own, loss = {name: w[row] for name, w in weights.items()}, total_loss[row]
-        updates[k] = _finished(silos[k], own, loss.item() / steps[k], steps[k], lr)
-    return [updates[k] for k in range(len(silos))]
+def num_examples(silo: SiloLike) -> int:
+    """How many training examples a silo has, tensors or a Dataset."""
+    return len(silo.train[0] if isinstance(silo.train, tuple) else silo.train)
 
 
 class ProximalTerm:
@@ -192,14 +206,12 @@ class ClientFunctions:
 
     update(params, silo, round_index=, rng=): local training, returns an `Update`.
     evaluate(params, silo): metrics of a model on the silo's test set.
-    together([(params, silo, rng), ...], round_index=): the updates of many silos.
     draws_only_from_rng: whether update and evaluate draw random numbers from rng alone,
         as `train_locally` does; then silos can train in threads.
     """
 
     update: Callable[..., Update]
     evaluate: Callable[[Mapping[str, Tensor], Any], dict[str, float]] | None = None
-    together: Callable[..., list[Update]] | None = None
     draws_only_from_rng: bool = False
 
 
@@ -211,8 +223,8 @@ def sgd_client(
     batch_size: int,
     proximal_mu: float = 0.0,
     loss_fn: Loss = F.cross_entropy,
-    metrics: Collection[str] | None = None,
-    together: bool = False,
+    metrics: Metrics | Collection[str] | None = None,
+    step: Step = Step(),
 ) -> ClientFunctions:
     """Make the usual client: load the params, `train_locally`; load them, `evaluate`.
 
@@ -221,28 +233,24 @@ def sgd_client(
         as control variates, are left out.
     epochs: passes over a silo's training examples, or a function of the silo.
     lr: a number, or a function of the round such as `cosine_schedule(0.05, rounds)`.
-    batch_size: examples in a step.
-    proximal_mu: weight of FedProx's term; 0 is plain SGD.
+    batch_size: examples in a batch.
+    proximal_mu: weight of FedProx's term; 0 is none.
     loss_fn: as in `train_locally`, for the test too.
-    metrics: names of what the test keeps of `evaluate`; None is all.
-    together: whether rounds are trained by `train_together`, if nothing forbids it;
-        equal up to rounding.
+    metrics: a function as in `evaluate`, or names of what the test keeps; None is all.
+    step: as in `train_locally`.
     """
     with torch.random.fork_rng(devices=()):
         template = make_model()
-    if together and (proximal_mu or callable(epochs)):
-        raise ValueError("together needs proximal_mu=0 and epochs that are a number")
     ProximalTerm(template, proximal_mu)  # raises now for what it would raise later
-    how = {"batch_size": batch_size, "loss_fn": loss_fn}
+    how = {"batch_size": batch_size, "loss_fn": loss_fn, "step": step}
+    measured = metrics if callable(metrics) else classification_metrics
+    kept = None if callable(metrics) else metrics
 
     def load(params: Mapping[str, Tensor]) -> nn.Module:
         model = copy.deepcopy(template)
         names = model.state_dict().keys()
         model.load_state_dict({k: v for k, v in params.items() if k in names})
         return model
-
-    def rate(round_index: int) -> float:
-        return lr(round_index) if callable(lr) else lr
 
     def update(
         params: Mapping[str, Tensor],
@@ -256,25 +264,21 @@ def sgd_client(
             model,
             silo,
             epochs=epochs(silo) if callable(epochs) else epochs,
-            lr=rate(round_index),
+            lr=lr(round_index) if callable(lr) else lr,
             rng=rng,
             adjust_gradients=ProximalTerm(model, proximal_mu) if proximal_mu else None,
             **how,
         )
 
     def test(params: Mapping[str, Tensor], silo: Any) -> dict[str, float]:
-        scores = evaluate(load(params), silo.test, loss_fn=loss_fn)
-        return scores if metrics is None else {name: scores[name] for name in metrics}
+        scores = evaluate(load(params), silo.test, loss_fn=loss_fn, metrics=measured)
+        return scores if kept is None else {name: scores[name] for name in kept}
 
-    def all_at_once(turns: Sequence[Any], *, round_index: int) -> list[Update]:
-        settings = {"epochs": epochs, "lr": rate(round_index), **how}
-        return train_together(template, turns, **settings)
-
-    return ClientFunctions(update, test, all_at_once if together else None, True)
+    return ClientFunctions(update, test, draws_only_from_rng=True)
 
 
 def num_steps(num_examples: int, *, epochs: float, batch_size: int) -> int:
-    """Count the SGD steps that `train_locally` takes; at least one."""
+    """Count the batches that `train_locally` takes; at least one."""
     return max(1, round(epochs * max(1, num_examples // batch_size)))
 
 
@@ -305,6 +309,22 @@ def norm_entries(model: nn.Module) -> list[str]:
         if isinstance(module, layers)
         for name in module.state_dict()
     ]
+
+
+def frozen_entries(model: nn.Module) -> list[str]:
+    """Names of the state entries that `train_locally` leaves as they are.
+
+    Parameters that need no gradient, and the buffers of a layer all of whose parameters
+    are frozen. Every silo has them from the start, so that only the others travel, are
+    averaged and are counted in bytes: `Terms(keep_local=frozen_entries(model))`, and
+    the same in a real run.
+    """
+    names = [name for name, p in model.named_parameters() if not p.requires_grad]
+    for path, module in model.named_modules():
+        if _is_frozen(module):
+            buffers = [name for name, _ in module.named_buffers(recurse=False)]
+            names += [f"{path}.{name}" if path else name for name in buffers]
+    return [name for name in model.state_dict() if name in set(names)]
 
 
 def reestimate_statistics(model: nn.Module, x: Tensor, *, batch_size: int = 64) -> None:
@@ -347,42 +367,54 @@ def reestimate_statistics(model: nn.Module, x: Tensor, *, batch_size: int = 64) 
 
 def evaluate(
     model: nn.Module,
-    examples: tuple[Tensor, Tensor],
+    examples: Examples,
     *,
     batch_size: int = 1024,
     loss_fn: Loss = F.cross_entropy,
+    metrics: Metrics | None = None,
 ) -> dict[str, float]:
-    """Measure a classifier on examples it was not trained on.
+    """Measure a model on examples it was not trained on.
 
-    examples: x [N, ...], y [N] class indices; model(x) gives logits [N, K], on the
-    device on which the model is.
-    Returns loss (per example), accuracy, balanced_accuracy (mean sensitivity of the
-    classes present), auroc (K = 2: class 1 against 0; else mean of one-vs-rest), and
-    sensitivity_k, specificity_k for each class k; shares are in [0, 1], and a value
-    that is not defined (class absent) is NaN. Parameters and modes are left as found.
+    model: on any device. Parameters and modes are left as found.
+    examples: x [N, ...] and y [N, ...], or a Dataset of N, read batch by batch; the
+        outputs of all are kept on the CPU.
+    batch_size: examples that are on the device at a time.
+    loss_fn: as in `train_locally`.
+    metrics: metrics(outputs [N, ...], y [N, ...]) returns plain numbers by name, such
+        as the functions of metrics.py. None is for classes: `classification_metrics`
+        of the softmax of the outputs.
+
+    Returns these metrics and `loss` (per example).
     """
-    x, y = examples
-    if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"cannot evaluate {len(x)} inputs with {len(y)} labels")
+    count = len(examples[0] if isinstance(examples, tuple) else examples)
+    if count == 0 or isinstance(examples, tuple) and len(examples[1]) != count:
+        labels = len(examples[1]) if isinstance(examples, tuple) else count
+        raise ValueError(f"cannot evaluate {count} inputs with {labels} labels")
     modes = [(module, module.training) for module in model.modules()]
-    device = _device(model)
+    outputs, labels, device = [], [], _device(model)
     model.eval()
     try:
         with torch.inference_mode():
-            logits = torch.cat([model(part.to(device)) for part in x.split(batch_size)])
+            for x, y in _streamed(examples, count, batch_size):
+                outputs.append(model(x.to(device)).cpu().float())
+                labels.append(y.cpu())
     finally:
         for module, was_training in modes:
             module.training = was_training
-    logits, y = logits.cpu().float(), y.cpu()
-    scores = {"loss": loss_fn(logits, y).item()}
-    return scores | classification_metrics(logits.softmax(dim=1), y)
+    said, y = torch.cat(outputs), torch.cat(labels)
+    scores = {"loss": loss_fn(said, y).item()}
+    return scores | (classification_metrics if metrics is None else metrics)(said, y)
 
 
-def classification_metrics(probabilities: Tensor, y: Tensor) -> dict[str, float]:
-    """Accuracy, balanced accuracy, AUROC and per-class rates from class probabilities.
+def classification_metrics(logits: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy, balanced accuracy, AUROC and rates per class.
 
-    probabilities: [N, K]; y: [N] class indices. See `evaluate` for the names.
+    logits: [N, K], or log probabilities; y: [N] class indices. Returns accuracy,
+    balanced_accuracy (mean sensitivity of the classes present), auroc (K = 2: class 1
+    against 0; else mean of one-vs-rest), and sensitivity_k, specificity_k for each
+    class k; shares are in [0, 1], and what is not defined (class absent) is NaN.
     """
+    probabilities = logits.softmax(dim=1)
     num_classes = probabilities.shape[1]
     pairs = y * num_classes + probabilities.argmax(dim=1)
     confusion = torch.bincount(pairs, minlength=num_classes**2).double()
@@ -422,33 +454,158 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _finished(
-    silo: SiloLike, state: Mapping[str, Tensor], loss: float, steps: int, lr: float
+    silo: SiloLike, model: nn.Module, loss: float, steps: int, lr: float
 ) -> Update:
-    """The update, its params copied to the CPU, if they are finite; loss: per step."""
-    params = {k: v.detach().to("cpu", copy=True) for k, v in state.items()}
+    """The update, its params copied to the CPU, if they are finite; loss: per batch."""
+    how = {"copy": True, "memory_format": torch.contiguous_format}
+    params = {k: v.detach().to("cpu", **how) for k, v in model.state_dict().items()}
     if not math.isfinite(loss) or not _all_finite(params):
         raise FloatingPointError(
             f"training diverged in silo {silo.name!r}: mean loss {loss} after "
             f"{steps} steps with lr={lr}; try a smaller lr, or look for NaN in the data"
         )
     metrics = {"train_loss": loss, "steps": float(steps)}
-    return Update(silo.name, params, len(silo.train[0]), metrics)
+    return Update(silo.name, params, num_examples(silo), metrics)
 
 
-def _batches(
-    n: int,
-    batch_size: int,
-    steps: int,
-    rng: torch.Generator,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """Index tensors for `steps` batches, reshuffled whenever an epoch is used up."""
+Order = tuple[int, int, int, torch.Generator]  # examples, in a batch, batches, rng
+
+
+def _batches(order: Order, device: torch.device) -> Iterator[Tensor]:
+    """Index tensors for so many batches, reshuffled whenever an epoch is used up."""
+    n, batch_size, batches, rng = order
     per_epoch = max(1, n // batch_size)
-    for step in range(steps):
-        position = step % per_epoch
+    for number in range(batches):
+        position = number % per_epoch
         if position == 0:
-            order = torch.randperm(n, generator=rng).to(device)  # not in each step
-        yield order[position * batch_size : (position + 1) * batch_size]
+            rows = torch.randperm(n, generator=rng).to(device)  # not in each step
+        yield rows[position * batch_size : (position + 1) * batch_size]
+
+
+def _loaded(
+    silo: SiloLike, order: Order, device: torch.device, step: Step
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches x, y of an order, on the device."""
+    layout = torch.channels_last if step.channels_last else torch.preserve_format
+    if isinstance(silo.train, tuple):
+        x, y = (part.to(device) for part in silo.train)
+        x = x.to(memory_format=layout) if x.dim() == 4 else x
+        for rows in _batches(order, device):
+            yield x[rows], y[rows]
+        return
+    rows = [part.tolist() for part in _batches(order, CPU)]  # now: loaders work ahead
+    fork = torch.Generator().set_state(order[-1].get_state())  # draws nothing from rng
+    seed = int(torch.randint(2**62, (), generator=fork))
+    loader = DataLoader(
+        _Batches(silo.train, f"silo {silo.name!r}"),
+        batch_sampler=[[seed + k, *part] for k, part in enumerate(rows)],
+        collate_fn=_as_it_is,
+        num_workers=step.workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(seed),  # not torch's global one
+    )
+    for x, y in loader:
+        x, y = (part.to(device, non_blocking=True) for part in (x, y))
+        yield (x.to(memory_format=layout) if x.dim() == 4 else x), y
+
+
+def _streamed(
+    examples: Examples, count: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All examples in their order, batch by batch."""
+    if isinstance(examples, tuple):
+        yield from zip(*(part.split(batch_size) for part in examples), strict=True)
+        return
+    batches = _Batches(examples, "the test set")
+    for start in range(0, count, batch_size):
+        rows = range(start, min(start + batch_size, count))
+        yield batches.__getitems__([start, *rows])
+
+
+_ONE_AT_A_TIME = threading.Lock()  # the generators seeded below belong to the process
+
+
+class _Batches(Dataset):
+    """Whole batches of a Dataset: [seed, *rows] gives x, y.
+
+    A batch's draws depend on its seed, not on who loads it, in which process or when:
+    the generators of torch, numpy and Python are seeded for it and restored afterwards.
+    """
+
+    def __init__(self, examples: Dataset, owner: str) -> None:
+        self.examples, self.owner = examples, owner
+
+    def __getitems__(self, batch: list[int]) -> tuple[Tensor, Tensor]:
+        seed, *rows = batch
+        # A worker is alone in its process, and would inherit a lock that somebody held.
+        with nullcontext() if get_worker_info() else _ONE_AT_A_TIME, _drawn_from(seed):
+            try:
+                x, y = default_collate([self.examples[row] for row in rows])
+            except Exception as error:
+                raise _told(f"{self.owner}, examples {rows[:3]} ...", error) from error
+        return x, y
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    old = np.random  # what augmentations use, and nobody can pass them a Generator
+    before = torch.get_rng_state(), old.get_state(), random.getstate()  # noqa: NPY002
+    torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    old.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        old.set_state(before[1])
+        random.setstate(before[2])
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def _told(owner: str, error: Exception) -> RuntimeError:
+    """An error of the user's Dataset, model or loss that says whose data it was."""
+    hint = ""
+    if isinstance(error, IndexError):  # how cross_entropy refuses a label
+        hint = "; labels must be 0 to one less than the model's outputs"
+    if "equal size" in str(error):  # how examples are refused that cannot be stacked
+        hint = "; give all images one size and number of channels"
+    return RuntimeError(f"{owner}: {type(error).__name__}: {error}{hint}")
+
+
+def _stepper(model: nn.Module, lr: float, step: Step) -> Callable[[], None]:
+    """What makes a step of the gradients that are there."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(step.optimizer, PlainSGD):
+        velocity: list[Tensor | None] = [None] * len(weights)
+        settings = {"lr": lr, **vars(step.optimizer)}
+
+        def move() -> None:
+            _sgd_step(weights, velocity, **settings)
+    else:
+        move = step.optimizer(model, lr).step
+
+    def take() -> None:
+        if step.max_norm is not None:
+            nn.utils.clip_grad_norm_(weights, step.max_norm)
+        move()
+
+    return take
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a layer has parameters of its own, none of which is trained."""
+    own = [p.requires_grad for p in module.parameters(recurse=False)]
+    return bool(own) and not any(own)
+
+
+def _set_train_mode(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and _is_frozen(module):
+            module.eval()  # its statistics are those that its scale was made for
 
 
 def _sgd_step(
@@ -530,37 +687,14 @@ def _all_finite(params: dict[str, Tensor]) -> bool:
     )
 
 
-def _check_inputs(
-    name: str,
-    x: Tensor,
-    y: Tensor,
-    epochs: float,
-    lr: float,
-    batch_size: int,
-) -> None:
-    if len(x) == 0 or len(x) != len(y):
+def _check_inputs(silo: SiloLike, epochs: float, lr: float, batch_size: int) -> None:
+    name, count = silo.name, num_examples(silo)
+    labels = len(silo.train[1]) if isinstance(silo.train, tuple) else count
+    if count == 0 or count != labels:
         raise ValueError(
-            f"silo {name!r} has {len(x)} inputs and {len(y)} labels; "
+            f"silo {name!r} has {count} inputs and {labels} labels; "
             "give it the same number of both, at least one"
         )
     for label, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size)):
         if not value > 0:
             raise ValueError(f"{label} must be > 0, got {value} (silo {name!r})")
-
-
-def _check_together(
-    model: nn.Module, silos: Sequence[SiloLike], batch_size: int
-) -> None:
-    frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
-    buffers = [name for name, _ in model.named_buffers()]
-    if frozen or buffers or _draws(model):
-        raise ValueError(
-            f"silos with this model cannot be trained together: frozen {frozen[:3]}, "
-            f"buffers {buffers[:3]}, draws numbers: {_draws(model)}; use train_locally"
-        )
-    for silo in silos:
-        if len(silo.train[0]) < batch_size:
-            raise ValueError(
-                f"silo {silo.name!r} has {len(silo.train[0])} examples, batch_size is "
-                f"{batch_size}; use a smaller batch_size, or train_locally"
-            )

@@ -8,13 +8,25 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
 
-from fl_helpers.simulation import Checkpoint, Execution, Terms, run_rounds
+from fl_helpers.checkpoint import Checkpoint
+from fl_helpers.simulation import Execution, Terms, run_rounds
 from fl_helpers.training import ClientFunctions
 
 # How fast examples are made depends on what else the machine does.
 CALM = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("calm", deadline=None, suppress_health_check=CALM)
 settings.load_profile("calm")
+
+
+def pytest_collection_modifyitems(items):
+    """Of tests that run side by side, a file stays together, servers and browsers run
+    one after the other, and each notebook is free to go where there is room."""
+    for item in items:
+        markers = {marker.name for marker in item.iter_markers()}
+        if "notebooks" not in markers:
+            alone = markers & {"engines", "browser"} or "engines" in item.path.parts
+            group = "machines" if alone else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from conftest import batchnorm_model, play
 
-import fl_helpers.simulation as simulation
+from fl_helpers import checkpoint
 from fl_helpers.aggregation import FedAdam
 from fl_helpers.exchange import Limits, check_update
 from fl_helpers.faults import crash, unreachable, with_faults
@@ -122,7 +122,7 @@ def attempt(folder, number=None, seconds=None):
 
 def main(root):
     torch.set_num_threads(1)
-    simulation.torch.save, simulation.os.replace = save_in_halves, replace_watched
+    checkpoint.torch.save, checkpoint.os.replace = save_in_halves, replace_watched
     expected = go()
     events.clear()
     folder = root / "whole"
@@ -131,9 +131,9 @@ def main(root):
     found, names = attempt(folder)
     length = time.monotonic() - started
     assert found == expected
-    checkpoint = names.index("before writing")  # all of the first one, then anything
+    first = names.index("before writing")  # all of the first one, then anything
     rng = random.Random(0)
-    points = [*range(checkpoint, checkpoint + 6), *rng.sample(range(len(names)), 10)]
+    points = [*range(first, first + 6), *rng.sample(range(len(names)), 10)]
     for point in points:
         folder = root / f"at_{point}"
         folder.mkdir(exist_ok=True)

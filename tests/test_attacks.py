@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 
 from fl_helpers.attacks import (
     Search,
+    attack_in_turn,
     audit_membership,
     closest,
     draw_mix,
@@ -23,16 +24,17 @@ from fl_helpers.attacks import (
     label_mix,
     labels_of_one,
     likelihood_ratio,
+    likeness,
     membership_success,
     psnr,
     sent_gradient,
     shadow_halves,
     ssim,
 )
-from fl_helpers.models import mlp, small_cnn
+from fl_helpers.models import mlp, small_cnn, smooth_cnn
 from fl_helpers.silos import to_tensor
 from fl_helpers.synthetic_cxr import synthetic_cxr
-from fl_helpers.training import train_locally
+from fl_helpers.training import PlainSGD, Step, train_locally
 
 SPAN = 4.0  # inputs of the models go from -2 to 2
 
@@ -47,18 +49,16 @@ def radiographs(count=64):
     return to_tensor(data.x), torch.from_numpy(data.y).long()
 
 
-def smooth_cnn():
-    """No pooling and no kinks: the kind of model that inversion is best at."""
-    layers = []
-    for channels, stride in ((1, 2), (12, 2), (12, 1)):
-        layers += [nn.Conv2d(channels, 12, 5, stride=stride, padding=2), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 64, 3))
-
-
 def what_is_sent(model, x, y, **options):
     """Gradient direction in the update of a silo with these examples."""
     before = copy.deepcopy(model.state_dict())
-    how = dict(epochs=1, lr=0.01, batch_size=len(y), rng=rng(), weight_decay=0)
+    how = dict(
+        epochs=1,
+        lr=0.01,
+        batch_size=len(y),
+        rng=rng(),
+        step=Step(PlainSGD(weight_decay=0)),
+    )
     silo = SimpleNamespace(name="a", train=(x, y))
     update = train_locally(copy.deepcopy(model), silo, **(how | options))
     return sent_gradient(before, update.params, model)
@@ -99,7 +99,7 @@ def test_inversion_of_a_linear_layer_is_exact_for_one_and_not_for_many():
 def test_inversion_of_a_smooth_network_finds_one_image_and_not_one_of_eight():
     x, y = radiographs()
     torch.manual_seed(0)
-    model = smooth_cnn()
+    model = smooth_cnn(3)
     state = copy.deepcopy(model.state_dict())
 
     def seen(rows, **options):
@@ -119,7 +119,7 @@ def test_inversion_of_a_smooth_network_finds_one_image_and_not_one_of_eight():
 def test_noise_on_the_gradient_stops_inversion():
     x, y = radiographs()
     torch.manual_seed(0)
-    model = smooth_cnn()
+    model = smooth_cnn(3)
     sent = what_is_sent(model, x[5:6], y[5:6])
     norm = math.sqrt(sum(v.square().sum().item() for v in sent.values()))
     noisy = {
@@ -205,6 +205,32 @@ def test_likelihood_ratio_beats_the_threshold_where_it_must_and_fails_where_it_m
     assert (
         abs(membership_success(scores[member], scores[~member])["auroc"] - 0.5) < 0.164
     )
+
+
+def test_each_model_is_attacked_with_all_others_as_shadows():
+    _, models, taught, _, examples = attacked()
+    models, taught = models[:4], taught[:4]
+    found = attack_in_turn(models, taught, examples)
+    losses = torch.stack([example_losses(model, examples) for model in models])
+    plain = membership_success(-losses[taught], -losses[~taught])
+    assert found["loss"] == plain
+    ratios = []
+    for k in range(4):
+        others = torch.arange(4) != k
+        shadows = [models[j] for j in others.nonzero()[:, 0]]
+        ratios.append(likelihood_ratio(models[k], shadows, taught[others], examples))
+    ratios = torch.stack(ratios)
+    ratio = membership_success(ratios[taught], ratios[~taught])
+    assert found["likelihood ratio"] == ratio
+
+
+def test_likeness_is_that_of_each_pair():
+    x, _ = radiographs(4)
+    got = likeness(x, x.roll(1, 0), span=SPAN)
+    assert got == [ssim(x[k], x[k - 1], span=SPAN) for k in range(4)]
+    assert likeness(x, x) == [1.0] * 4
+    with pytest.raises(ValueError):  # three images for four originals
+        likeness(x[:3], x)
 
 
 def test_likelihood_ratio_is_the_ratio_of_two_normal_densities():

@@ -5,19 +5,16 @@ import runpy
 import sys
 from pathlib import Path
 
+import bench_gpu
+import bench_scale
+import common
+import measure
 import pytest
 import torch
+import workload
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests/benchmarks"))
-sys.path.insert(1, str(ROOT / "tests/benchmarks/peers"))
-
-import bench_gpu  # noqa: E402
-import bench_scale  # noqa: E402
-import common  # noqa: E402
-import measure  # noqa: E402
-import workload  # noqa: E402
 
 CASE, (GOAL, BOUND) = (
     "update to disk and back",

@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from test_notebooks import NOTEBOOKS, ROOT, SMOKE
+from test_notebooks import NOTEBOOKS, ROOT, SMALL
 
-from fl_helpers.report import write_report
+from fl_helpers.report import Evidence, Results, write_report
 
 pytest.importorskip("sphinx", reason="pip install -r requirements-dev.txt")
 playwright = pytest.importorskip(
@@ -211,14 +211,14 @@ def test_a_report_is_readable_and_runs_nothing(page, tmp_path):
         return {"round": index, "silos": [*scores], "train": {}, "test": scores}
 
     path = write_report(
-        [record(0), record(1)], tmp_path / "r.html", title=EVIL, metric="auroc",
-        silos=[{"silo": EVIL, "train": 10}], files=[__file__],
+        [record(0), record(1)], tmp_path / "r.html", title=EVIL,
+        results=Results("auroc", [{"silo": EVIL, "train": 10}]),
+        evidence=Evidence(files=[__file__]),
     )  # fmt: skip
     page.on("dialog", lambda dialog: page.problems.append(dialog.message))
     page.goto(path.as_uri())
     assert page.locator("h1").inner_text() == EVIL
-    assert page.locator("svg polyline").count() == 2
-    assert page.locator("svg").bounding_box()["width"] > 500
+    assert page.locator("figure img").bounding_box()["width"] > 500
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.set_viewport_size({"width": 680, "height": 900})  # A4 without its margins
@@ -247,7 +247,7 @@ def copy_notebooks(folder):
             if cell.cell_type == "code":
                 cell.outputs = []
             if "parameters" in cell.metadata.get("tags", []):
-                cell.source = with_parameters(cell.source, SMOKE[path.stem])
+                cell.source = with_parameters(cell.source, SMALL[path.stem])
         nbformat.write(notebook, copy / path.name)
     return copy
 

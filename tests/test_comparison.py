@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fl_helpers.comparison import holds, paired_interval, share_interval, without_each
+from fl_helpers.comparison import (
+    holds,
+    judge,
+    paired_interval,
+    share_interval,
+    tuned_rates,
+    without_each,
+)
 
 
 def test_the_interval_is_the_one_of_the_t_test():
@@ -63,3 +70,40 @@ def test_a_gain_of_everybody_holds():
 def test_leaving_the_only_silo_out_is_refused():
     with pytest.raises(ValueError, match="leaves nobody"):
         without_each({"A": [1.0, 2.0]})
+
+
+def write_scores(folder, *rows):
+    path = folder / "tuning.csv"
+    header = "dataset,seed,lr,approach,balanced_accuracy"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_the_rate_is_good_together_with_the_next_larger_one(tmp_path):
+    path = write_scores(
+        tmp_path,
+        # means .6, .8, .9, .1: the pairs .7, .85, .5, so the second rate
+        *("x,1,0.01,local,0.5", "x,2,0.01,local,0.7"),
+        *("x,1,0.04,local,0.9", "x,1,0.02,local,0.8", "x,1,0.08,local,0.1"),
+        # the pairs .5 and .75
+        *("x,1,0.01,federated,0.3", "x,1,0.02,federated,0.7"),
+        "x,1,0.04,federated,0.8",
+        "other,1,0.01,local,1.0",
+    )
+    assert tuned_rates(path, "x") == {"local": 0.02, "federated": 0.02}
+
+
+def test_a_set_without_rates_is_refused_with_those_that_have_them(tmp_path):
+    path = write_scores(tmp_path, "a,1,0.1,local,0.5", "b,1,0.1,local,0.5")
+    with pytest.raises(ValueError, match=r"'bloodmnist', only for a, b; .*tuning"):
+        tuned_rates(path, "bloodmnist")
+
+
+def test_judged_in_both_directions():
+    steady = {"A": [1.0, 1.1, 0.9], "B": [2.0, 2.1, 1.9], "C": [3.0, 3.1, 3.0]}
+    carried = {"A": [0.1, -0.1, 0.0], "B": [-0.1, 0.1, 0.0], "C": [7.4, 7.5, 7.6]}
+    for sign in (1, -1):  # a loss is judged as its gain is
+        turned = {k: [sign * v for v in values] for k, values in steady.items()}
+        found, clear = judge(turned)
+        assert found.mean == pytest.approx(sign * 18.1 / 9) and clear
+        assert not judge({k: [sign * v for v in x] for k, x in carried.items()})[1]

@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_helpers.federated_statistics import combine_statistics, local_statistics
+from fl_helpers.federated_statistics import (
+    Column,
+    combine_statistics,
+    combine_tables,
+    local_statistics,
+    local_table,
+    standardised_difference,
+)
 
 EDGES = [-10, -1, 0, 1, 10]
 
@@ -53,3 +60,69 @@ def test_parts_must_fit_together():
         combine_statistics([a, b])
     with pytest.raises(ValueError, match="no statistics"):
         combine_statistics([])
+
+
+PATIENTS = {
+    "A": {
+        "age": np.arange(40.0) + 30,
+        "sex": np.arange(40) % 2,
+        "stage": np.arange(40) % 3,
+    },
+    "B": {
+        "age": np.arange(25.0) * 2,
+        "sex": np.arange(25) % 2,
+        "stage": np.zeros(25, int),
+    },
+}
+LABELS = {"sex": ("female", "male"), "stage": ("I", "II", "III")}
+
+
+def tables(patients=PATIENTS):
+    return {s: local_table(s, c, categories=LABELS) for s, c in patients.items()}
+
+
+def test_the_table_of_all_is_that_of_the_pooled_rows():
+    whole = combine_tables(tables())
+    ages = np.concatenate([PATIENTS[silo]["age"] for silo in "AB"])
+    age = whole["age"]
+    assert (age.count, age.missing) == (65, 0)
+    assert age.mean == pytest.approx(ages.mean())
+    assert age.spread == pytest.approx(ages.std(ddof=1))
+    male = np.concatenate([PATIENTS[silo]["sex"] for silo in "AB"]) == 1
+    assert whole["sex: male"].mean == pytest.approx(male.mean())
+    assert whole["sex: male"].squares == pytest.approx(65 * male.var())
+
+
+def test_a_small_category_takes_another_with_it():
+    stage = np.repeat([0, 1, 2, -1], [20, 12, 5, 3])
+    found = local_table("A", {"stage": stage}, categories=LABELS)
+    assert list(found) == ["stage: I"]  # II would give III away
+    assert found["stage: I"] == Column(37, 0, 20 / 37, 20 * 17 / 37)  # 3 missing: 0
+    both = combine_tables({"A": found, "B": tables()["B"]})
+    assert list(both) == ["stage: I"]
+
+
+def test_missing_values_count_and_few_values_do_not_leave():
+    age = np.append(np.arange(20.0), [np.nan] * 12)
+    found = local_table("A", {"age": age, "rare": np.where(age < 5, age, np.nan)})
+    assert found == {"age": Column(20, 12, 9.5, 20 * (20**2 - 1) / 12)}
+
+
+def test_the_standardised_difference_by_hand():
+    # Means 0 and 1, both variances 4: half a standard deviation.
+    a, b = Column(50, 0, 0.0, 200.0), Column(100, 0, 1.0, 400.0)
+    assert standardised_difference(a, b) == 0.5 == standardised_difference(b, a)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"age": np.array(["12", "unknown"] * 10)}, "column 'age' holds text"),
+        ({"sex": np.full(20, 2)}, "column 'sex' must hold positions 0 to 1"),
+        ({"age": np.zeros(20), "sex": np.zeros(19, int)}, "columns of one length"),
+        ({"age": np.zeros(9)}, "at least 10 rows"),
+    ],
+)
+def test_a_bad_column_is_named_with_its_silo(columns, message):
+    with pytest.raises(ValueError, match=f"silo 'A'.*{message}"):
+        local_table("A", columns, categories=LABELS)

@@ -97,7 +97,7 @@ ON_PREMISES = [
     ),
     (lambda c: c.update(on_premises="me"), "on_premises needs keys .* on_premises.adm"),
     (silo(0, name="server"), r"silos\[0\].name .* twice: reserved"),
-    (lambda c: c["on_premises"].update(port=70000), "port must be 0 to 65535"),
+    (lambda c: c["on_premises"].update(port=70000), "port must be at most 65535"),
     (lambda c: c["on_premises"].update(port=True), "on_premises.port must match"),
     (lambda c: c["on_premises"].update(host="fl.org"), "port 0 .* localhost only"),
     (lambda c: c["on_premises"].update(admin="me"), "on_premises.admin must match"),

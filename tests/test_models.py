@@ -1,12 +1,18 @@
+import math
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from fl_helpers.models import (
+    Ensemble,
     _replace_stem,
     check_model,
+    freeze,
     mlp,
     small_cnn,
+    smooth_cnn,
     torchvision_model,
 )
 
@@ -150,3 +156,66 @@ def test_check_finds_a_model_that_mixes_examples():
             return z - z.mean(0)
 
     assert found(check_model(Mixing, examples()))["one"][1] is False
+
+
+@pytest.mark.parametrize("size", [28, 30, 32])
+def test_smooth_cnn_takes_its_size_and_has_neither_kinks_nor_pooling(size):
+    model = smooth_cnn(3, size=size)
+    assert model(torch.zeros(2, 1, size, size)).shape == (2, 3)
+    kinds = {type(module) for module in model}
+    assert kinds == {nn.Conv2d, nn.Tanh, nn.Flatten, nn.Linear}
+
+
+def test_weights_come_from_a_file_but_for_the_head(tmp_path):
+    source = torchvision_model("resnet18", 10)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    model = torchvision_model("resnet18", 2, in_channels=1, weights=tmp_path / "w.pth")
+    found, own = source.state_dict(), model.state_dict()
+    kept = [k for k in own if k not in ("conv1.weight", "fc.weight", "fc.bias")]
+    assert all(torch.equal(own[k], found[k]) for k in kept) and len(kept) == 119
+    grey = found["conv1.weight"].sum(1, keepdim=True)  # the same answer to grey images
+    torch.testing.assert_close(own["conv1.weight"], grey)
+    assert own["fc.weight"].shape == (2, 512)
+
+
+def test_a_file_of_another_model_or_with_code_is_refused(tmp_path):
+    torch.save(small_cnn(2).state_dict(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="does not hold the state_dict of resnet18"):
+        torchvision_model("resnet18", 2, weights=tmp_path / "small.pth")
+    torch.save(small_cnn(2), tmp_path / "whole.pth")  # a pickled object
+    with pytest.raises(pickle.UnpicklingError, match="weights_only|Weights only"):
+        torchvision_model("resnet18", 2, weights=tmp_path / "whole.pth")
+    with pytest.raises(FileNotFoundError):
+        torchvision_model("resnet18", 2, weights=tmp_path / "none.pth")
+
+
+def test_freezing_goes_up_to_a_layer():
+    model = freeze(torchvision_model("resnet18", 2), up_to="layer3")
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"layer4", "fc"}
+    freeze(model, up_to=None)
+    assert all(p.requires_grad for p in model.parameters())
+    head = freeze(small_cnn(3), up_to="body")
+    trained = [n for n, p in head.named_parameters() if p.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+    for name in ("head", "nose"):
+        with pytest.raises(
+            ValueError, match=rf"such as one of \['body'\], got '{name}'"
+        ):
+            freeze(small_cnn(3), up_to=name)
+
+
+def test_an_ensemble_averages_the_answers():
+    class Says(nn.Module):
+        def __init__(self, odds):
+            super().__init__()
+            self.odds = odds
+
+        def forward(self, x):
+            return torch.tensor([[math.log(self.odds), 0.0]]).expand(len(x), 2)
+
+    both = Ensemble([Says(9.0), Says(1.0)])  # 90 % and 50 % for the first class: 70 %
+    expected = torch.tensor([0.7, 0.3]).expand(3, 2)
+    torch.testing.assert_close(both(torch.zeros(3, 1)).softmax(dim=1), expected)
+    with pytest.raises(ValueError, match="at least one"):
+        Ensemble([])

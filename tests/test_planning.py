@@ -5,11 +5,18 @@ import re
 from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import play
 
-from fl_helpers.planning import OVERHEAD, Overhead, run_cost
+from fl_helpers.planning import (
+    OVERHEAD,
+    Overhead,
+    patients_needed,
+    run_cost,
+    visible_gain,
+)
 from fl_helpers.simulation import state_bytes
 from fl_helpers.training import Update
 
@@ -98,6 +105,56 @@ def test_impossible_plans_are_refused(change, message):
         run_cost(1, **PLAN | change)
 
 
+def test_patients_by_hand():
+    # (1.95996 * sqrt(0.2) + 0.84162 * sqrt(0.2 - 0.01))^2 / 0.01 = 154.6
+    assert patients_needed(0.1, 0.2) == 155
+    # power 0.5 has a quantile of 0: 1.95996^2 * 0.2 / 0.01 = 76.8
+    assert patients_needed(0.1, 0.2, power=0.5) == 77
+
+
+@pytest.mark.parametrize(("gain", "disagree"), [(0.05, 0.15), (0.1, 0.3), (0.03, 0.2)])
+def test_so_many_patients_show_the_gain_in_four_of_five_trials(gain, disagree):
+    """Trials in which both models are tested, counted by McNemar's test."""
+    rng, trials = np.random.default_rng(0), 20_000
+    n = patients_needed(gain, disagree)
+    only_new, only_old = (disagree + gain) / 2, (disagree - gain) / 2
+    shares = [only_new, only_old, 1 - disagree]
+    new, old, _ = rng.multinomial(n, shares, size=trials).T
+    found = (new - old) / np.sqrt(np.maximum(new + old, 1)) > 1.959964
+    assert found.mean() == pytest.approx(0.8, abs=0.02)  # chance alone: 0.003
+
+
+@pytest.mark.parametrize("disagree", [0.1, 0.2, 1.0])
+@pytest.mark.parametrize("power", [0.5, 0.8, 0.95])
+def test_the_visible_gain_needs_that_many_patients(disagree, power):
+    for patients in (400, 1000, 30_000):
+        gain = visible_gain(patients, disagree, power=power)
+        assert patients_needed(gain * 1.0001, disagree, power=power) <= patients
+        assert patients_needed(gain * 0.98, disagree, power=power) > patients
+
+
+def test_too_few_patients_show_nothing():
+    assert visible_gain(3, 0.1) == visible_gain(30, 0.1) == float("inf")
+    assert visible_gain(100, 0.1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: patients_needed(0, 0.2), "0 < gain <= disagree"),
+        (lambda: patients_needed(5, 20), "0.05 is five points"),
+        (lambda: patients_needed(0.3, 0.2), "got 0.3 and 0.2"),
+        (lambda: patients_needed(0.1, float("nan")), "got 0.1 and nan"),
+        (lambda: patients_needed(0.1, 0.2, power=1), "power must be"),
+        (lambda: visible_gain(100, 0.2, confidence=95), "confidence must be"),
+        (lambda: visible_gain(0, 0.2), "patients >= 1"),
+    ],
+)
+def test_impossible_tests_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_uncertainty_of_a_sensitivity_in_the_plan_guide():
     """1.96 * sqrt(p (1 - p) / n) for p = 0.8, in points."""
     guide = (ROOT / "docs/plan-your-fl-project.md").read_text()
@@ -106,6 +163,17 @@ def test_uncertainty_of_a_sensitivity_in_the_plan_guide():
     for n, points in zip(patients, told, strict=True):
         true = 100 * 1.96 * (0.8 * 0.2 / int(n)) ** 0.5
         assert points == f"± {true:.0f}"
+
+
+def test_patients_for_a_gain_in_the_plan_guide():
+    guide = (ROOT / "docs/plan-your-fl-project.md").read_text()
+    gains = re.search(r"gain, in points \| (.+) \|\n", guide)[1].split(" | ")
+    told = re.search(r"with the disease \| ([\d, |]+) \|\n\nA hosp", guide)[1].split(
+        " | "
+    )
+    assert "15 % of them" in " ".join(guide.split())
+    for gain, patients in zip(gains, told, strict=True):
+        assert patients == f"{patients_needed(int(gain) / 100, 0.15):,}"
 
 
 def test_anchors_of_the_plan_guide_exist():

@@ -2,6 +2,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import batchnorm_model, linear_model, play
@@ -22,8 +23,10 @@ from fl_helpers.privacy import (
     Mechanism,
     PrivateUpdate,
     advantage,
+    belief_after,
     dp_problems,
     epsilon_spent,
+    most_found,
     noise_for,
     nothing_spent,
     privatise_update,
@@ -542,3 +545,51 @@ def test_problems_are_those_for_which_training_refuses():
     (first, *_) = dp_problems(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
     assert first == "1 (Dropout) draws outside of rng"
     assert "shares statistics" in dp_problems(small_cnn(2))[0]
+
+
+# -- what a budget means for one patient
+
+
+def leakiest(epsilon, delta):
+    """Chances of the four answers of the mechanism that gives away all that (epsilon,
+    delta) allows, without and with the patient (Kairouz et al. 2015, equation 8)."""
+    likely = (1 - delta) / (1 + math.exp(-epsilon))
+    rare = 1 - delta - likely
+    return np.array([delta, likely, rare, 0]), np.array([0, rare, likely, delta])
+
+
+def test_a_belief_grows_as_bayes_rule_says():
+    epsilon = 1.5
+    without, with_it = leakiest(epsilon, 0)
+    for prior in (0.5, 0.01):  # answer 2 is the one that speaks for the patient most
+        after = prior * with_it[2] / (prior * with_it[2] + (1 - prior) * without[2])
+        assert belief_after(prior, epsilon) == pytest.approx(after)
+    assert belief_after(0.3, 0) == pytest.approx(0.3)  # nothing was learned
+    assert belief_after(0.01, math.inf) == 1 and belief_after(0, math.inf) == 0
+    with pytest.raises(ValueError, match="prior from 0 to 1 .* got 1.5 and 1"):
+        belief_after(1.5, 1)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-5, 0.02])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 3.0, 8.0])
+def test_no_test_finds_more_and_the_best_one_finds_as_many(epsilon, delta):
+    """The best test accuses after the answers that speak most for the patient."""
+    without, with_it = leakiest(epsilon, delta)
+    false, true = np.cumsum(without[::-1]), np.cumsum(with_it[::-1])
+    for share in (0.001, 0.01, 0.3, 0.9):
+        best = np.interp(share, false, true)  # between two answers it tosses a coin
+        found = most_found(
+            Budget(epsilon or 1e-12, delta or 1e-300), false_alarms=share
+        )
+        assert found == pytest.approx(best, abs=1e-9)
+
+
+def test_the_bound_holds_for_the_gaussian_mechanism():
+    """One release, sensitivity 1: the best test is a threshold on a normal value."""
+    noise, delta = 2.0, 1e-5
+    budget = Budget(epsilon_spent(((noise, 1.0, 1),), delta), delta)
+    found = stats.norm.sf(stats.norm.isf(0.01) - 1 / noise)
+    assert 0.01 < found < most_found(budget)
+    assert most_found(Budget(math.inf, delta)) == 1
+    with pytest.raises(ValueError, match="false_alarms must be 0 to 1, got 2"):
+        most_found(budget, false_alarms=2)

@@ -110,6 +110,18 @@ def test_other_scanners_can_make_fedavg_worse_than_staying_alone(points):
             assert not holds(differences(points, place, strategy, "FedAvg"))
 
 
+def test_hospitals_gained_by_fedavg_in_eight_of_ten_federations(points):
+    """What a plan can look up; whoever gained least there may still have lost."""
+    places = set(points.index.unique("federation"))
+    gained = {p for p in places if interval(points, p, "FedAvg", "Local").low > 0}
+    assert len(places) == 10 and places - gained == set(SCANNERS)
+    least = []
+    for place in gained:
+        gains = differences(points, place, "FedAvg", "Local")
+        least.append(min(np.mean(values) for values in gains.values()))
+    assert round(min(least), 1) == -4.0 and round(max(least), 1) == 3.1
+
+
 def test_other_label_mixes_leave_nothing_clear_to_repair(points):
     for place in LABELS:
         assert interval(points, place, "FedAvg", "Local").low > 2
@@ -148,6 +160,48 @@ def test_who_lost_much_was_far_and_some_who_were_far_gained(points):
     far = far[gain.index]
     assert (gain < -3).sum() >= 3 and far[gain < -3].min() > 0.5
     assert (gain[far > 0.5] > 3).sum() >= 3
+
+
+AGAINST_DRIFT = ["FedAvg, twice as often", "FedProx", "SCAFFOLD", "FedNova"]
+
+
+def test_nothing_against_drift_is_clearly_better_anywhere(points):
+    for place in points.index.unique("federation"):
+        for strategy in AGAINST_DRIFT:
+            assert not holds(differences(points, place, strategy, "FedAvg"))
+
+
+def test_own_statistics_do_nothing_where_scanners_are_alike(points):
+    alike = ["synthetic: nothing", "pneumoniamnist: Dirichlet 100", *LABELS]
+    for place in alike:
+        found = interval(points, place, "Own statistics", "FedAvg")
+        assert abs(found.mean) < 1.2 and found.low > -3
+
+
+def test_what_was_clear_is_run_again_on_seeds_that_nothing_used():
+    used = pd.concat(
+        pd.read_csv(RESULTS / name)
+        for name in ("strategies.csv", "strategies_tuning.csv")
+    )
+    again = pd.read_csv(RESULTS / "strategies_confirmed.csv")
+    runs = {key: set(rows.seed) for key, rows in used.groupby("dataset")}
+    for dataset, rows in again.groupby("dataset"):
+        assert set(rows.seed).isdisjoint(runs[dataset])
+    clear = strategies.clear_gains(pd.read_csv(RESULTS / "strategies.csv"))
+    assert sum(map(len, clear.values())) == 7
+    by = again.groupby(["dataset", "differ"]).strategy.unique()
+    for place, found in by.items():
+        assert set(found) <= {"FedAvg", *clear[place]}
+
+
+def test_fresh_seeds_confirm_what_was_clear():
+    again = pd.read_csv(RESULTS / "strategies_confirmed.csv")
+    index = ["federation", "silo", "seed"]
+    again = 100 * again.pivot_table("balanced_accuracy", index, "strategy")
+    for place, rows in again.groupby("federation"):
+        for strategy in rows.columns[rows.notna().all()].drop("FedAvg"):
+            gain = interval(again, place, strategy, "FedAvg")
+            assert gain.wins == gain.n >= 3 and gain.mean > 1
 
 
 @pytest.mark.parametrize("strategy", strategies.strategies_for("heart_disease"))
@@ -242,6 +296,49 @@ def test_privacy_costs_accuracy_and_a_federation_costs_less(privacy):
     assert (together.mean(axis=1) > alone.mean(axis=1) + 4).all()
     lost = privacy.loc["FedAvg", "none"] - together.loc["8.0"]
     assert (lost > 15).all() and privacy.shape[1] == 5
+
+
+@pytest.fixture(scope="module")
+def private():
+    """Balanced accuracy in percent: [approach and level] x [silo, seed]."""
+    table = pd.read_csv(RESULTS / "privacy.csv", dtype={"level": str})
+    columns = ["silo", "seed"]
+    return 100 * table.pivot_table("balanced_accuracy", ["approach", "level"], columns)
+
+
+def test_what_epsilon_costs_with_an_interval(private):
+    """README and notebook 07: 25 points at what was planned as epsilon 3."""
+    lost = (private.loc["FedAvg", "none"] - private.loc["DP-SGD", "3.0"]).unstack()
+    found = paired_interval(lost.mean())
+    assert (round(found.mean), round(found.low), round(found.high)) == (25, 19, 30)
+    per_hospital = lost.mean(axis=1)  # nobody carries it
+    assert per_hospital.max() - per_hospital.min() < 3
+
+
+def test_under_privacy_the_largest_hospital_gains_nothing(private):
+    gains = (
+        private.loc["DP-SGD", "3.0"] - private.loc["DP-SGD alone", "3.0"]
+    ).unstack()
+    found = {silo: paired_interval(row) for silo, row in gains.iterrows()}
+    assert found["Hospital A"].low < 0 < found["Hospital A"].high
+    assert min(found[f"Hospital {name}"].low for name in "BCD") > 0
+    assert round(found["Hospital D"].mean) == 26
+
+
+def test_the_experiment_audits_fedavg_near_guessing(private):
+    table = pd.read_csv(RESULTS / "privacy.csv").query("approach == 'FedAvg'")
+    assert table.membership_auroc.between(0.45, 0.56).all() and len(table) == 20
+
+
+def test_the_label_mix_is_read_from_one_update_and_not_from_a_sum():
+    table = pd.read_csv(RESULTS / "privacy_attacks.csv").query("attack == 'label mix'")
+    error = 100 * table.pivot_table("value", ["condition", "seed"], "measure")
+    error = error["largest error"].groupby("condition").agg(["min", "max"])
+    careful = error.loc[
+        ["GroupNorm, lr 0.005, one epoch", "BatchNorm, lr 0.005, one epoch"]
+    ]
+    assert 4.5 < careful["min"].min() and careful["max"].max() < 9
+    assert error.loc["sum of 4 silos, GroupNorm, one epoch", "min"] > 34
 
 
 def test_silo_level_noise_drowns_a_model_of_four(privacy):
@@ -358,6 +455,33 @@ def test_krum_pays_for_what_it_resists(attacked):
         .dropna()
     )
     assert (one < calm - 8).all()
+
+
+def test_a_little_wins_against_the_rules_that_should_stop_it(attacked):
+    """Two quiet liars: worse with a rule than with the plain average, in every seed."""
+    table = pd.read_csv(RESULTS / "poisoning.csv").query("attack == 'a little'")
+    by_seed = 100 * table.pivot_table("balanced_accuracy", "seed", "rule")
+    lost = by_seed.sub(by_seed["weighted average"], axis=0)
+    assert (lost[["Krum", "Multi-Krum", "median", "trimmed mean"]] < 0).all(axis=None)
+    mean = attacked.balanced_accuracy["a little", 2, 0.25]
+    assert mean["Krum"] < 61 and mean["Multi-Krum"] < 65 and mean["median"] < 73
+    calm = attacked.balanced_accuracy["none", 0, 0.25, "weighted average"]
+    assert calm - 2 < mean["weighted average"]
+
+
+def test_what_rules_cost_when_nobody_lies():
+    table = pd.read_csv(RESULTS / "poisoning.csv").query("malicious == 0")
+    by = ["heterogeneity", "seed"]
+    points = 100 * table.pivot_table("balanced_accuracy", by, "rule")
+    cost = points.sub(points["weighted average"], axis=0)
+    assert cost["Krum"].between(-26.1, -9.1).all()  # "9 to 26"
+    assert cost["Krum"].min() < -26 and cost["Krum"].max() > -9.5
+    cheap = [*EQUAL_VOTES, "norm clipping", "equal votes"]
+    for level in (0.0, 0.25):
+        intervals = {rule: paired_interval(cost.loc[level, rule]) for rule in cheap}
+        assert min(interval.mean for interval in intervals.values()) > -1
+        clear = [rule for rule, interval in intervals.items() if interval.high < 0]
+        assert clear == (["geometric median"] if level == 0 else [])
 
 
 def test_the_poisoning_experiment_is_complete():

@@ -8,7 +8,7 @@ from conftest import batchnorm_model, linear_model, play
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.scaffold import ControlVariates, zero_variates
-from fl_helpers.training import sgd_client, train_locally
+from fl_helpers.training import PlainSGD, Step, sgd_client, train_locally
 
 
 def scaffold(make_model, **options):
@@ -74,7 +74,7 @@ def test_scaffold_is_option_two_of_the_paper_for_plain_sgd(silos):
         if "variate" in name:
             params[name] = torch.randn(params[name].shape, generator=rng) / 10
     params = {name: value.clone() for name, value in params.items()}
-    options = dict(momentum=0.0, weight_decay=0.0, lr=0.05, epochs=2)
+    options = dict(step=Step(PlainSGD(0, 0)), lr=0.05, epochs=2)
     update = scaffold(linear_model, **options)(params, silos[0], round_index=0, rng=rng)
     steps = update.metrics["steps"]
     assert steps == 10  # 2 epochs of 40 // 8

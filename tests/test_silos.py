@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_helpers.silos import (
+    Rows,
     make_silos,
+    partition_by_counts,
     partition_by_quantity,
     partition_by_site,
     partition_dirichlet,
@@ -227,3 +229,89 @@ def test_scaled_columns_are_in_spreads_from_the_mean_and_the_rest_stays():
     values = sorted(silo.train.x[:, 0].tolist() + silo.test.x[:, 0].tolist())
     assert values == [-1.5, -0.5, 0.5, 1.5] and not silo.train.x[:, 1].any()
     assert before[0].train.x[:, 1].eq(5).all() and silo.train.y is before[0].train.y
+
+
+def test_counts_are_dealt_exactly_and_the_rest_to_nobody():
+    wanted = {"A": [270, 100, 0], "B": [30, 0, 60]}  # of 300, 200 and 100
+    partition = partition_by_counts(Y, wanted, seed=0)
+    assert counts(partition).tolist() == [[270, 100, 0], [30, 0, 60]]
+    together = np.concatenate(list(partition.values()))
+    assert len(set(together)) == len(together) == 460
+    other = partition_by_counts(Y, wanted, seed=1)
+    assert not np.array_equal(partition["A"], other["A"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"A": [0, 201, 0]}, "class 1 has 200 rows, the silos want 201"),
+        ({"A": [1, 0, 0], "B": [0, 0, 0]}, "a row of some class"),
+        ({"A": [-1, 2, 0]}, "a row of some class"),
+    ],
+)
+def test_counts_that_cannot_be_dealt_are_refused(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        partition_by_counts(Y, wanted, seed=0)
+
+
+# ---- patients, and data that are read when they are needed
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(4, 40), st.sampled_from([0.2, 0.3, 0.5]))
+def test_a_patient_is_on_one_side_and_the_shares_are_nearly_kept(seed, n, share):
+    rng = np.random.default_rng(seed)
+    patients = np.repeat([f"p{k}" for k in range(n)], rng.integers(1, 5, n))
+    y = rng.integers(2, size=len(patients))
+    x = np.arange(len(y), dtype=np.float32)[:, None]  # the row's own number
+    (silo,) = make_silos(x, y, {"A": np.arange(len(y))}, test_share=share, seed=seed,
+                         patients=patients)  # fmt: skip
+    train, test = (part.x[:, 0].long().numpy() for part in (silo.train, silo.test))
+    assert not set(patients[train]) & set(patients[test])
+    assert sorted([*train, *test]) == list(range(len(y)))
+    for k in (0, 1):  # within the rows of one patient, at most 4
+        wanted = share * (y == k).sum()
+        assert abs((y[test] == k).sum() - wanted) <= 4
+
+
+def test_patients_that_cannot_be_divided_are_named():
+    x, y = np.zeros((6, 1), np.float32), np.array([0, 0, 0, 1, 1, 1])
+    patients = np.array(["p", "q", "r", "r", "s", "t"])
+    halves = {"A": np.array([0, 1, 2]), "B": np.array([3, 4, 5])}
+    how = dict(test_share=0.3, seed=0)
+    with pytest.raises(ValueError, match="patient 'r' has rows in 'A' and in 'B'"):
+        make_silos(x, y, halves, patients=patients, **how)
+    with pytest.raises(ValueError, match="x has 6 rows, y 6, patients 3"):
+        make_silos(x, y, halves, patients=patients[:3], **how)
+    one = np.array(["p"] * 6)
+    with pytest.raises(ValueError, match="silo 'A' with 6 rows has 6 for training"):
+        make_silos(x, y, {"A": np.arange(6)}, patients=one, **how)
+
+
+class Counted(torch.utils.data.Dataset):
+    read = 0
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, row):
+        Counted.read += 1
+        return torch.full((1, 4, 4), float(row)), row % 2
+
+
+def test_a_dataset_is_divided_without_reading_it():
+    y = np.arange(12) % 2
+    two = {"A": np.arange(8), "B": np.arange(8, 12)}
+    silos = make_silos(Counted(), y, two, test_share=0.5, seed=0)
+    table = summarize_silos(silos, ["even", "odd"])
+    assert table[0] == {"silo": "A", "train": 4, "test": 4, "even": 2, "odd": 2}
+    pooled = pool_silos(silos)
+    assert len(pooled.train) == 6 and isinstance(pooled.train, Rows)
+    assert Counted.read == 0
+    rows = [int(x[0, 0, 0]) for part in (pooled.train, pooled.test)
+            for x, _ in (part[k] for k in range(len(part)))]  # fmt: skip
+    assert sorted(rows) == list(range(12)) and Counted.read == 12
+    labels = [pooled.train[k][1] for k in range(6)]
+    assert labels == pooled.train.y.tolist()
+    same = make_silos(np.zeros((12, 1), np.float32), y, two, test_share=0.5, seed=0)
+    assert torch.equal(same[0].train.y, silos[0].train.y)  # drawn as for arrays

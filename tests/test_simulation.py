@@ -1,7 +1,10 @@
+"""The round loop: what it promises for every strategy, order, crash and thread."""
+
 import copy
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +12,17 @@ import torch
 from conftest import batchnorm_model, linear_model, play
 from torch import nn
 
-import fl_helpers.simulation as simulation
-from fl_helpers.aggregation import weighted_average
+from fl_helpers import checkpoint
+from fl_helpers.aggregation import (
+    FedAdagrad,
+    FedAdam,
+    FedAvgM,
+    FedNova,
+    FedYogi,
+    QFedAvg,
+    weighted_average,
+)
+from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.simulation import (
     Execution,
     default_workers,
@@ -18,7 +30,16 @@ from fl_helpers.simulation import (
     silo_rng,
     state_bytes,
 )
-from fl_helpers.training import ClientFunctions, train_locally, train_together
+from fl_helpers.training import (
+    PlainSGD,
+    ProximalTerm,
+    Step,
+    evaluate,
+    frozen_entries,
+    norm_entries,
+    sgd_client,
+    train_locally,
+)
 
 
 def client(make_model, **options):
@@ -53,7 +74,7 @@ def assert_equal(a, b):
 
 def test_one_silo_is_centralized_training_bit_for_bit(silos):
     silo = silos[0]
-    plain = dict(momentum=0, weight_decay=0)
+    plain = dict(step=Step(PlainSGD(0, 0)))
     history = play(
         start(batchnorm_model),
         [silo],
@@ -83,7 +104,7 @@ def test_equal_silos_with_one_full_batch_step_are_a_pooled_step(silos):
             f"s{k}",
             (x[k * 10 : k * 10 + 10], y[k * 10 : k * 10 + 10]),
         )
-    step = client(linear_model, batch_size=40, momentum=0, weight_decay=0)
+    step = client(linear_model, batch_size=40, step=Step(PlainSGD(0, 0)))
     history = play(
         start(linear_model),
         parts,
@@ -99,9 +120,8 @@ def test_equal_silos_with_one_full_batch_step_are_a_pooled_step(silos):
         torch.testing.assert_close(history.params[name], weight - 0.1 * weight.grad)
 
 
-def test_order_of_silos_and_number_of_workers_do_not_change_a_bit(silos):
+def test_the_number_of_workers_does_not_change_a_bit(silos):
     expected = run(silos, workers=1).params
-    assert_equal(run(silos[::-1], workers=1).params, expected)
     assert_equal(run(silos, workers=2).params, expected)
     assert not torch.equal(run(silos, seed=1).params["3.weight"], expected["3.weight"])
 
@@ -168,25 +188,6 @@ def test_a_foreign_or_broken_checkpoint_is_refused_and_kept(silos, tmp_path):
     assert file.read_bytes() == broken
 
 
-def test_a_crash_while_writing_keeps_the_old_checkpoint(silos, tmp_path, monkeypatch):
-    file = tmp_path / "run.pt"
-    run(silos, rounds=1, checkpoint=file)
-    before = file.read_bytes()
-
-    def fail(content, target):
-        target.write(b"half a fi")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(simulation.torch, "save", fail)
-    with pytest.raises(OSError):
-        run(silos, rounds=2, checkpoint=file)
-    assert file.read_bytes() == before
-    monkeypatch.undo()
-    assert_equal(
-        run(silos, rounds=2, checkpoint=file).params, run(silos, rounds=2).params
-    )
-
-
 def test_history_counts_bytes_and_collects_metrics(silos):
     history = run(
         silos,
@@ -237,6 +238,8 @@ def test_few_updates_exist_at_a_time(silos, workers):
     inner = client(linear_model)
 
     def counted(params, silo, *, round_index, rng):
+        if silo.name == "silo 01":  # the others finish while it is waited for
+            time.sleep(0.3)
         update = inner(params, silo, round_index=round_index, rng=rng)
         alive.append(weakref.ref(update.params["1.weight"]))
         return update
@@ -268,6 +271,8 @@ def test_silo_rng_depends_on_its_arguments_only():
     def draw(*key):
         return torch.rand(1, generator=silo_rng(*key)).item()
 
+    keys = [(s, f"silo {k}", r) for s in range(3) for k in range(20) for r in range(20)]
+    assert len({silo_rng(*key).initial_seed() for key in keys}) == len(keys)
     keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0), (0, "a/0", 0)]
     first = [draw(*key) for key in keys]
     assert len(set(first)) == len(keys)
@@ -310,24 +315,6 @@ def test_two_workers_train_two_silos_at_the_same_time(silos):
     assert torch.get_num_threads() == 2
 
 
-def test_no_more_than_twice_as_many_updates_as_workers(silos):
-    alive, most = [], 0
-    inner = client(linear_model)
-
-    def slow_second(params, silo, *, round_index, rng):
-        nonlocal most
-        if silo.name == "silo 01":  # the others finish while it is waited for
-            time.sleep(0.3)
-        update = inner(params, silo, round_index=round_index, rng=rng)
-        alive.append(weakref.ref(update.params["1.weight"]))
-        most = max(most, sum(ref() is not None for ref in alive))
-        return update
-
-    options = dict(rounds=1, seed=0, workers=2, threads=True)
-    play(start(linear_model), many(silos, 50), slow_second, weighted_average, **options)
-    assert len(alive) == 50 and most <= 2 * 2  # as documented
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_resume_after_a_failure_inside_a_silo(silos, tmp_path, workers):
     options = dict(rounds=4, seed=0, workers=workers, threads=True)
@@ -348,22 +335,6 @@ def test_resume_after_a_failure_inside_a_silo(silos, tmp_path, workers):
     resumed = go(checkpoint=file)
     assert [record["round"] for record in resumed.rounds] == [0, 1, 2, 3]
     assert_equal(resumed.params, go().params)
-
-
-def test_a_run_that_cannot_rename_its_checkpoint_keeps_the_old_one(
-    silos, tmp_path, monkeypatch
-):
-    file = tmp_path / "run.pt"
-    run(silos, rounds=1, checkpoint=file)
-    before = file.read_bytes()
-
-    def fail(source, target):
-        raise PermissionError(target)
-
-    monkeypatch.setattr(simulation.os, "replace", fail)
-    with pytest.raises(PermissionError):
-        run(silos, rounds=2, checkpoint=file)
-    assert file.read_bytes() == before
 
 
 def test_numpy_metrics_survive_a_checkpoint(silos, tmp_path):
@@ -428,11 +399,11 @@ def test_workers_pay_for_convolutions_only():
     assert default_workers(batchnorm_model().state_dict(), 1) == 1
 
 
-def test_progress_shows_the_mean_balanced_accuracy(silos, capsys):
+def test_progress_shows_a_mean_over_silos(silos, capsys):
     run(silos, progress=True, evaluate=lambda p, s: {"balanced_accuracy": 0.625})
-    assert "balanced accuracy 62.5 %" in capsys.readouterr().out
+    assert "balanced_accuracy=0.625" in capsys.readouterr().out
     run(silos, progress=True)
-    assert "training loss" in capsys.readouterr().out
+    assert "train_loss=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("silos_per_round", [None, 4])
@@ -443,52 +414,308 @@ def test_any_order_of_many_silos_gives_the_same_bits(silos, silos_per_round):
     assert_equal(run(mixed, **options).params, run(some, **options).params)
 
 
-def test_silo_rngs_do_not_collide():
-    keys = [(s, f"silo {k}", r) for s in range(3) for k in range(20) for r in range(20)]
-    assert len({silo_rng(*key).initial_seed() for key in keys}) == len(keys)
+def half_written(content, target):
+    target.write(b"half a fi")
+    raise OSError("no space left on device")
 
 
-def client_with_together(log, **options):
-    """`client`, that can also train all silos of a round at once."""
-    how = dict(epochs=1, lr=0.1, batch_size=8) | options
-    one_by_one = client(linear_model, **options)
-
-    def client_update(params, silo, **rest):
-        log.append(silo.name)
-        return one_by_one(params, silo, **rest)
-
-    def together(turns, *, round_index):
-        log.append([silo.name for _, silo, _ in turns])
-        return train_together(linear_model(), turns, **how)
-
-    return ClientFunctions(client_update, None, together, True)
+def not_renamed(source, target):
+    raise PermissionError(target)
 
 
-def test_a_round_trained_together_is_a_round(silos):
-    how = dict(rounds=3, seed=0, keep_local=["1.bias"])
-    work, log = (start(linear_model), silos), []
-    both = client_with_together(log), weighted_average
-    found = play(*work, *both, **how)
-    alone = play(*work, client(linear_model), weighted_average, **how)
-    assert log == [["a", "b"]] * 3
-    assert found.bytes_sent == alone.bytes_sent
-    for name, value in alone.params.items():
-        torch.testing.assert_close(found.params[name], value)
-    for silo in ("a", "b"):
-        torch.testing.assert_close(found.local[silo], alone.local[silo])
+@pytest.mark.parametrize(
+    ("module", "name", "fail"),
+    [("torch", "save", half_written), ("os", "replace", not_renamed)],
+    ids=["while it is written", "before it is renamed"],
+)
+def test_a_crash_keeps_the_old_checkpoint(
+    silos, tmp_path, monkeypatch, module, name, fail
+):
+    file = tmp_path / "run.pt"
+    run(silos, rounds=1, checkpoint=file)
+    before = file.read_bytes()
+    monkeypatch.setattr(getattr(checkpoint, module), name, fail)
+    with pytest.raises(OSError):
+        run(silos, rounds=2, checkpoint=file)
+    assert file.read_bytes() == before
+    monkeypatch.undo()
+    resumed = run(silos, rounds=2, checkpoint=file)
+    assert_equal(resumed.params, run(silos, rounds=2).params)
 
 
-def test_when_one_diverges_silos_train_one_by_one(silos):
-    silos[1].train[0][0] = float("nan")
-    how, log = dict(rounds=1, seed=0, quorum=1), []
-    work = start(linear_model), silos, client_with_together(log), weighted_average
-    (record,) = play(*work, **how).rounds
-    assert log == [["a", "b"], "a", "b", "b"]  # who failed is asked once more
-    assert record["silos"] == ["a"] and "diverged" in record["missing"]["b"]
+RULES = {
+    "FedAvgM": lambda *a: FedAvgM(*a, lr=0.7, momentum=0.5),
+    "FedAdagrad": FedAdagrad,
+    "FedAdam": FedAdam,
+    "FedYogi": FedYogi,
+    "FedNova": FedNova,
+    "QFedAvg": lambda *a: QFedAvg(*a, q=0.5, lipschitz=20.0),
+}
 
 
-def test_with_a_deadline_silos_train_one_by_one(silos):
-    log, how = [], dict(rounds=1, seed=0, deadline=60)
-    work = start(linear_model), silos, client_with_together(log), weighted_average
-    play(*work, **how)
-    assert sorted(log) == ["a", "b"]
+# ---- every strategy in the round loop
+
+
+def as_it_is(update, params, silo):
+    return update
+
+
+def trainer(make_model, prepare=as_it_is, mu=None, **options):
+    options = dict(epochs=1, lr=0.05, batch_size=8) | options
+    template = make_model()
+
+    def client_update(params, silo, *, round_index, rng):
+        model = copy.deepcopy(template)
+        model.load_state_dict({key: params[key] for key in model.state_dict()})
+        near = {} if mu is None else {"adjust_gradients": ProximalTerm(model, mu)}
+        update = train_locally(model, silo, rng=rng, **options | near)
+        return prepare(update, params, silo)
+
+    return client_update
+
+
+def loss_first(make_model):
+    template = make_model()
+
+    def prepare(update, params, silo):
+        model = copy.deepcopy(template)
+        model.load_state_dict(params)
+        loss = evaluate(model, silo.train)["loss"]
+        return replace(update, metrics=update.metrics | {"loss_before": loss})
+
+    return trainer(make_model, prepare)
+
+
+def scaffold(make_model):
+    template = make_model()
+
+    def client_update(params, silo, *, round_index, rng):
+        variates, model = ControlVariates(params), copy.deepcopy(template)
+        model.load_state_dict({key: params[key] for key in model.state_dict()})
+        how = dict(epochs=1, lr=0.05, batch_size=8, rng=rng)
+        update = train_locally(model, silo, adjust_gradients=variates.correct, **how)
+        return replace(update, params=update.params | variates.entries())
+
+    return client_update
+
+
+def fresh(make_model):
+    torch.manual_seed(3)
+    return make_model()
+
+
+def federate(model, silos, client_update, aggregate=weighted_average, **options):
+    """Three rounds with everything that the strategy needs in its params."""
+    params = options.pop("params", model.state_dict())
+    options = dict(rounds=3, seed=0, threads=True) | options
+    return play(params, silos, client_update, aggregate, **options)
+
+
+def scaffold_setting(model):
+    variates = zero_variates(model)
+    own = [name for name in variates if name.startswith("own_variate.")]
+    return dict(params=model.state_dict() | variates, keep_local=own)
+
+
+def strategy_run(name, silos, **options):
+    """One run of a strategy by name, on a model with BatchNorm."""
+    model = fresh(batchnorm_model)
+    trainable = [key for key, _ in model.named_parameters()]
+    plain = trainer(batchnorm_model)
+    if name == "SCAFFOLD":
+        setting = scaffold_setting(model)
+        return federate(model, silos, scaffold(batchnorm_model), **setting, **options)
+    if name == "FedBN":
+        options["keep_local"] = norm_entries(model)
+    elif name == "FedPer":
+        options["keep_local"] = ["3.weight", "3.bias"]
+    elif name == "FedProx":
+        plain = trainer(batchnorm_model, mu=0.5)
+    elif name == "FedBN and FedAdam":
+        options["keep_local"] = norm_entries(model)
+        options["aggregate"] = FedAdam(model.state_dict(), trainable)
+    else:
+        options["aggregate"] = RULES[name](model.state_dict(), trainable)
+    if name == "QFedAvg":
+        plain = loss_first(batchnorm_model)
+    return federate(model, silos, plain, **options)
+
+
+EVERY = [*RULES, "SCAFFOLD", "FedBN", "FedPer", "FedProx", "FedBN and FedAdam"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_resume_is_bit_identical_for_every_strategy(silos, name, tmp_path):
+    silos = many(silos, 3)
+    options = dict(rounds=5, silos_per_round=2)
+    expected = strategy_run(name, silos, **options)
+
+    def crash(record, params):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        strategy_run(name, silos, checkpoint=file, on_round=crash, **options)
+    resumed = strategy_run(name, silos, checkpoint=file, **options)
+    assert len(resumed.rounds) == 5
+    for silo in silos:
+        got, wanted = resumed.params_of(silo.name), expected.params_of(silo.name)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_workers_and_a_deadline_change_no_bit_of_a_strategy(silos, name):
+    one = strategy_run(name, many(silos, 3), workers=1)
+    for how in (dict(workers=3), dict(deadline=300.0, quorum=3)):
+        other = strategy_run(name, many(silos, 3), **how)
+        assert_equal(other.params, one.params)
+        for silo in one.local:
+            assert_equal(other.local[silo], one.local[silo])
+
+
+def test_a_used_rule_or_one_for_another_model_is_refused(silos):
+    model = fresh(linear_model)
+    names = [key for key, _ in model.named_parameters()]
+    rule = FedAdam(model.state_dict(), names)
+    federate(model, silos, trainer(linear_model), rule)
+    with pytest.raises(ValueError, match="has been used; make a new one for each run"):
+        federate(model, silos, trainer(linear_model), rule)
+    other = FedAdam(linear_model().state_dict(), names)
+    with pytest.raises(ValueError, match="does not stand at the params of this run"):
+        federate(model, silos, trainer(linear_model), other)
+
+
+def test_a_checkpoint_of_another_rule_is_refused(silos, tmp_path):
+    model, file = fresh(linear_model), tmp_path / "run.pt"
+    names = [key for key, _ in model.named_parameters()]
+    federate(model, silos, trainer(linear_model), checkpoint=file)
+    rule = FedAdam(model.state_dict(), names)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        federate(model, silos, trainer(linear_model), rule, checkpoint=file)
+
+
+def test_fedprox_without_proximal_weight_is_fedavg_exactly(silos):
+    model = fresh(batchnorm_model)
+    plain = federate(model, silos, trainer(batchnorm_model)).params
+    zero = federate(model, silos, trainer(batchnorm_model, mu=0.0)).params
+    some = federate(model, silos, trainer(batchnorm_model, mu=0.1)).params
+    assert all(torch.equal(plain[key], zero[key]) for key in plain)
+    assert not torch.equal(plain["0.weight"], some["0.weight"])
+
+
+def test_what_stays_local_is_neither_sent_nor_mixed(silos):
+    model = fresh(batchnorm_model)
+    keep = norm_entries(model)
+    assert keep == [f"1.{n}" for n in ("weight", "bias", "running_mean", "running_var",
+                                       "num_batches_tracked")]  # fmt: skip
+    seen = {}
+
+    def spy(updates):
+        updates = list(updates)
+        seen.update({u.silo: u.params for u in updates})
+        return weighted_average(updates)
+
+    history = federate(model, silos, trainer(batchnorm_model), spy, keep_local=keep)
+    assert all(seen[silo].keys().isdisjoint(keep) for silo in seen)
+    assert history.params.keys().isdisjoint(keep)
+    own = [history.local[silo.name]["1.running_mean"] for silo in silos]
+    assert not torch.equal(*own)
+    full = state_bytes(model.state_dict())
+    kept = sum(model.state_dict()[name].nbytes for name in keep)
+    assert history.rounds[0]["bytes_up"] == 2 * (full - kept)
+    assert history.rounds[0]["bytes_down"] == 2 * (full - kept)
+
+
+def test_everything_local_but_one_frozen_entry_is_training_alone(silos):
+    """If only the counter is shared, each silo goes its own way: run_alone."""
+    model = fresh(batchnorm_model)
+    keep = [name for name in model.state_dict() if "num_batches" not in name]
+    plain = trainer(batchnorm_model)
+    history = federate(model, silos, plain, keep_local=keep)
+    options = dict(rounds=3, seed=0, execution=Execution(progress=False))
+    alone = run_alone(model.state_dict(), silos, plain, **options)
+    for silo in silos:
+        own = history.params_of(silo.name)
+        assert all(torch.equal(own[key], alone[silo.name][key]) for key in keep)
+
+
+def test_a_silo_that_did_not_take_part_keeps_what_it_had(silos):
+    model, silos = fresh(batchnorm_model), many(silos, 3)
+    history = federate(
+        model,
+        silos,
+        trainer(batchnorm_model),
+        rounds=1,
+        silos_per_round=1,
+        keep_local=norm_entries(model),
+    )
+    (took_part,) = history.rounds[0]["silos"]
+    for silo in silos:
+        same = torch.equal(
+            history.local[silo.name]["1.running_mean"],
+            model.state_dict()["1.running_mean"],
+        )
+        assert same == (silo.name != took_part)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [(["nope"], r"lacks: \['nope'\]"), (["1.weight", "1.bias"], "run_alone")],
+)
+def test_bad_local_entries_are_refused(silos, keep, message):
+    with pytest.raises(ValueError, match=message):
+        federate(fresh(linear_model), silos, trainer(linear_model), keep_local=keep)
+
+
+def test_a_client_that_drops_its_own_entries_is_told(silos):
+    def forgets(update, params, silo):
+        return replace(update, params={"1.weight": update.params["1.weight"]})
+
+    with pytest.raises(ValueError, match="silo 'a' must return the entries it keeps"):
+        federate(
+            fresh(linear_model),
+            silos,
+            trainer(linear_model, forgets),
+            keep_local=["1.bias"],
+        )
+
+
+def test_only_what_is_trained_travels(silos):
+    """A head on a frozen body: the bytes of the head, and the bits of sending all."""
+    frozen = start(batchnorm_model)
+
+    def half_frozen():
+        model = batchnorm_model()
+        model.load_state_dict(frozen)
+        model[:2].requires_grad_(False)
+        return model
+
+    client = sgd_client(half_frozen, epochs=1, lr=0.1, batch_size=8)
+    keep = frozen_entries(half_frozen())
+    run = dict(rounds=3, seed=0)
+    whole = play(frozen, silos, client, weighted_average, **run)
+    light = play(frozen, silos, client, weighted_average, keep_local=keep, **run)
+    assert_equal(light.params_of("a"), whole.params)
+    assert light.params.keys() == {"3.weight", "3.bias"}
+    assert light.bytes_sent == 3 * 2 * 2 * 4 * (196 * 2 + 2)  # float32, both ways
+    assert light.local["a"]["0.weight"] is light.local["b"]["0.weight"]  # one in memory
+
+
+def test_a_dataset_that_fails_costs_its_own_silo_only(silos):
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, row):
+            raise OSError("/archive/b/17.dcm is cut short")
+
+    silos[1].train = Broken()
+    client = sgd_client(linear_model, epochs=1, lr=0.1, batch_size=8)
+    how = dict(rounds=2, seed=0, quorum=1)
+    history = play(start(linear_model), silos, client, weighted_average, **how)
+    for record in history.rounds:
+        assert record["silos"] == ["a"]
+        assert "silo 'b', examples" in record["missing"]["b"]
+        assert "17.dcm is cut short" in record["missing"]["b"]

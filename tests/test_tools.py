@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import nbformat
 import numpy as np
+import papermill
 import pytest
 
 from fl_helpers import plots
@@ -33,7 +35,6 @@ def test_an_unknown_notebook_is_an_error():
 
 
 def test_values_from_the_command_line_are_read_as_python(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from notebooks import literal
 
     assert literal("(1, 2)") == [1, 2] and isinstance(literal("(1, 2)"), list)
@@ -43,7 +44,6 @@ def test_values_from_the_command_line_are_read_as_python(monkeypatch):
 @pytest.fixture
 def notebooks(monkeypatch, tmp_path):
     """The runner, with notebooks that all take 61 seconds, and a page of its own."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tools")])
     import notebooks
 
     (tmp_path / "page.md").write_text(notebooks.PAGE.read_text())
@@ -59,7 +59,34 @@ def notebooks(monkeypatch, tmp_path):
 
 def test_the_table_says_what_was_slower_than_its_card(notebooks, capsys):
     assert notebooks.run(notebooks.select(["01"]), {}) == 0  # slow is no error
-    assert "61       1 min, slower  accuracy 90" in capsys.readouterr().out
+    assert " 61  1 min, slower  accuracy 90" in capsys.readouterr().out
+
+
+def test_a_row_is_printed_when_its_notebook_is_done(notebooks, capsys):
+    printed = []
+    notebooks.execute = lambda *_: printed.append(capsys.readouterr().out) or 9.0
+    assert notebooks.run(notebooks.select(["01", "10"]), {}) == 0
+    assert "Learn" in printed[0] and "01_centralized_baseline" not in printed[0]
+    assert "01_centralized_baseline" in printed[1] and "Run for real" in printed[1]
+
+
+def test_a_notebook_that_fails_has_a_row_and_others_go_on(notebooks, capsys):
+    def execute(path, *_):
+        if path.name.startswith("01"):
+            raise papermill.PapermillExecutionError(0, 3, "", "ValueError", "no", [])
+        return 9.0
+
+    notebooks.execute = execute
+    assert notebooks.run(notebooks.select(["01", "02"]), {}) == 1
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "failed" in first and "cell 3: ValueError: no" in first
+    assert "02_hospitals_and_their_data" in second and " 9 " in second
+
+
+def test_each_notebook_belongs_to_one_part(notebooks):
+    found = {part: notebooks.select([], part) for part in notebooks.PARTS}
+    assert sum(found.values(), []) == notebooks.select([])
+    assert [path.name[:2] for path in found["learn"]] == ["01", "02", "03", "04", "05"]
 
 
 def test_timings_fail_above_the_card_and_keep_other_rows(notebooks, capsys):
@@ -91,6 +118,28 @@ def test_recorded_results_come_back_in_order(tmp_path):
     cells = [cell(z=1.5, a="x"), nbformat.v4.new_markdown_cell("text"), cell(a="y")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     assert list(read_recorded(path).items()) == [("z", 1.5), ("a", "y")]
+
+
+def test_a_bar_is_dropped_and_what_was_printed_beside_it_stays(notebooks):
+    """As tqdm writes it: a carriage return before each state, spaces to clear one."""
+    bar = (
+        "\r  0%|          | 0/2 [00:00<?, ?round/s]\r 50%|#####     | 1/2 [00:01<00:01]"
+    )
+    kept = {
+        bar + "\n": "",
+        bar + "\r" + 40 * " " + "\r": "",
+        bar + "\nno quorum: 3 of 4\n": "no quorum: 3 of 4\n",
+        "first\n" + bar + "\n\nsecond\r\n": "first\n\nsecond\n",
+        bar + "\r" + 40 * " " + "\rkilled\n": "killed\n",
+        "50 %|a share, no bar\n": "50 %|a share, no bar\n",
+    }
+    for text, left in kept.items():
+        assert notebooks.without_bars(text) == left, repr(text)
+    stream = partial(nbformat.v4.new_output, "stream", name="stdout")
+    shown = nbformat.v4.new_output("display_data", {"text/plain": "x"})
+    outputs = [stream(text=bar), stream(text=bar + "\nkilled\n"), shown]
+    left = notebooks.without_progress(outputs)
+    assert [output.get("text") for output in left] == ["killed\n", None]
 
 
 def bars(axis):
@@ -128,6 +177,18 @@ def test_curves_and_comparison_draw_what_they_are_given():
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["x", "y"]
     assert list(figure.axes[0].lines[1].get_xdata()) == [2, 2]  # mean of 1 and 3
+
+
+def test_time_line_counts_rounds_and_colours_by_outcome():
+    spans = [("b", 0, 2, "refused"), ("a", 0, 1, "update"), ("a", 2, 5, "update")]
+    figure = plots.plot_timeline(spans, marks={2.5: "killed"}, steps="round")
+    axis = figure.axes[0]
+    drawn = [(bar.get_x(), bar.get_width()) for bar in axis.patches]
+    assert drawn == [(0, 1), (2, 3), (0, 2)]  # updates first, then what was refused
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["update", "refused"]
+    assert [t.get_text() for t in axis.child_axes[0].get_xticklabels()] == ["1", "2"]
+    assert [text.get_text() for text in axis.texts] == [" killed"]
 
 
 def test_images_are_drawn_row_by_row():

@@ -1,5 +1,7 @@
 import copy
+import random
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,18 +12,23 @@ from sklearn import metrics as sk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 from torchvision.ops import StochasticDepth
 
 from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.training import (
+    PlainSGD,
     ProximalTerm,
+    Step,
     classification_metrics,
     cosine_lr,
     evaluate,
+    frozen_entries,
+    norm_entries,
     num_steps,
     reestimate_statistics,
+    sgd_client,
     train_locally,
-    train_together,
 )
 
 
@@ -41,7 +48,7 @@ def test_one_step_is_plain_gradient_descent():
     silo = SimpleNamespace(
         name="a", train=(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
     )
-    options = dict(lr=0.01, momentum=0, weight_decay=0)
+    options = dict(lr=0.01, step=Step(PlainSGD(0, 0)))
     update = train(model, silo, loss_fn=nn.functional.mse_loss, **options)
     assert update.params["weight"].item() == pytest.approx(3 - 0.01 * 20)
     assert update.metrics == {"train_loss": 25.0, "steps": 1.0}
@@ -52,7 +59,7 @@ def test_equals_a_hand_written_loop_bit_for_bit(silos):
     torch.manual_seed(0)
     mine = batchnorm_model()
     theirs = copy.deepcopy(mine)
-    update = train(mine, silos[0], epochs=2, momentum=0.9, weight_decay=1e-4)
+    update = train(mine, silos[0], epochs=2, step=Step(PlainSGD(0.9, 1e-4)))
     optimizer = torch.optim.SGD(
         theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-4
     )
@@ -81,7 +88,7 @@ def test_proximal_term_is_the_gradient_of_its_penalty(silos):
     mine, start = linear_model(), None
     start = copy.deepcopy(mine)
     theirs = copy.deepcopy(mine)
-    options = dict(momentum=0, weight_decay=0, batch_size=20, epochs=1, lr=0.1)
+    options = dict(step=Step(PlainSGD(0, 0)), batch_size=20, epochs=1, lr=0.1)
     near = ProximalTerm(mine, 0.7)
     update = train(mine, silos[0], adjust_gradients=near, **options)
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
@@ -162,10 +169,9 @@ def test_metrics_equal_scikit_learn(num_classes):
     rng_ = np.random.default_rng(0)
     y = rng_.integers(num_classes, size=300)
     scores = rng_.normal(size=(300, num_classes)) + 1.5 * np.eye(num_classes)[y]
-    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    p = p.round(1) + 1e-3  # many ties
-    p /= p.sum(1, keepdims=True)
-    got = classification_metrics(torch.tensor(p), torch.tensor(y))
+    logits = torch.tensor(scores).round()  # many ties
+    p = logits.softmax(1).numpy()
+    got = classification_metrics(logits, torch.tensor(y))
     said = p.argmax(1)
     auroc = (
         sk.roc_auc_score(y, p[:, 1])
@@ -186,7 +192,7 @@ def test_metrics_equal_scikit_learn(num_classes):
 
 def test_an_absent_class_is_not_counted():
     p = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
-    got = classification_metrics(p, torch.tensor([0, 1, 1]))  # class 2 absent
+    got = classification_metrics(p.log(), torch.tensor([0, 1, 1]))  # class 2 absent
     assert np.isnan(got["sensitivity_2"])
     assert got["balanced_accuracy"] == pytest.approx(0.75)  # (1/1 + 1/2) / 2
 
@@ -225,7 +231,7 @@ def test_momentum_and_weight_decay_by_hand():
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 3.0)
     data = torch.tensor([[2.0]]), torch.tensor([[1.0]])
-    options = dict(loss_fn=nn.functional.mse_loss, momentum=0.5, weight_decay=0.1)
+    options = dict(loss_fn=nn.functional.mse_loss, step=Step(PlainSGD(0.5, 0.1)))
     silo = SimpleNamespace(name="a", train=data)
     update = train(model, silo, lr=0.01, epochs=2, **options)
     expected = 2.797 - 0.01 * (0.5 * 20.3 + 18.6557)
@@ -299,7 +305,7 @@ def test_the_same_loss_function_serves_training_and_evaluation(silos):
 
 def test_a_class_that_is_alone_has_no_auroc_and_no_specificity():
     got = classification_metrics(
-        torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.zeros(2).long()
+        torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log(), torch.zeros(2).long()
     )
     assert got["sensitivity_0"] == got["balanced_accuracy"] == got["accuracy"] == 0.5
     assert got["specificity_1"] == 0.5  # one of two negatives of class 1 is called so
@@ -460,57 +466,222 @@ def test_reestimating_changes_buffers_of_batchnorm_only(silos):
         reestimate_statistics(model, silos[0].train[0][:1])
 
 
-def unequal_silos(sizes=(40, 13, 8, 31)):
-    draws = torch.Generator().manual_seed(1)
-    x = [torch.randn(n, 6, generator=draws) for n in sizes]
-    labels = [torch.arange(n) % 2 for n in sizes]
-    return [
-        SimpleNamespace(name=f"s{k}", train=part)
-        for k, part in enumerate(zip(x, labels, strict=True))
-    ]
+def test_norm_entries_finds_every_kind():
+    model = torch.nn.Sequential(
+        torch.nn.GroupNorm(1, 4),
+        torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)),
+        torch.nn.InstanceNorm1d(4, affine=True),
+    )
+    names = {"0.weight", "0.bias", "1.0.weight", "1.0.bias", "2.weight", "2.bias"}
+    assert set(norm_entries(model)) == names
+    assert norm_entries(torch.nn.Linear(2, 2)) == []
 
 
-def small_mlp():
+# ---- a Dataset instead of tensors
+
+
+class Pairs(Dataset):
+    """Examples one by one. noisy: with draws of torch, numpy and Python."""
+
+    def __init__(self, x, y, noisy=False, broken=None):
+        self.x, self.y, self.noisy, self.broken = x, y, noisy, broken
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, row):
+        if row == self.broken:
+            raise OSError("/archive/17.png is truncated")
+        x = self.x[row]
+        if self.noisy:
+            x = x + torch.rand(()) * np.random.rand() * random.random()  # noqa: NPY002
+        return x, int(self.y[row])
+
+
+def of_dataset(silo, **how):
+    return SimpleNamespace(name=silo.name, train=Pairs(*silo.train, **how))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_dataset_trains_to_the_bits_of_its_tensors(silos):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    model, how = batchnorm_model(), dict(epochs=2.5)
+    tensors = train(copy.deepcopy(model), silos[0], **how)
+    lazy = train(copy.deepcopy(model), of_dataset(silos[0]), **how)
+    assert same(tensors.params, lazy.params) and tensors.metrics == lazy.metrics
+    assert lazy.num_examples == 40
+    both = (silos[0].test, Pairs(*silos[0].test))
+    assert evaluate(model, both[0], batch_size=7) == evaluate(model, both[1])
 
 
-@pytest.mark.parametrize("epochs", [0.5, 2.5])  # 5, 2, 2, 4 and 12, 2, 2, 8 steps
-def test_silos_trained_together_are_as_if_each_trained_alone(epochs):
-    silos, how = unequal_silos(), dict(epochs=epochs, lr=0.1, batch_size=8)
-    models = [small_mlp() for _ in silos]
-    for k, model in enumerate(models):  # silos need not start from the same point
-        nn.init.constant_(model[2].bias, 0.1 * k)
-    starts = [copy.deepcopy(model.state_dict()) for model in models]
-    turns = list(zip(starts, silos, map(rng, range(4)), strict=True))
-    found = train_together(small_mlp(), turns, **how)
-    for k, (model, silo, update) in enumerate(zip(models, silos, found, strict=True)):
-        assert all(v.equal(starts[k][n]) for n, v in model.state_dict().items())
-        alone = train_locally(model, silo, rng=rng(k), **how)
-        assert (update.silo, update.num_examples) == (silo.name, alone.num_examples)
-        assert update.metrics == pytest.approx(alone.metrics, rel=1e-5)
-        for name, value in alone.params.items():
-            torch.testing.assert_close(update.params[name], value)
+def test_augmentation_draws_from_the_silo_whoever_loads(silos):
+    torch.manual_seed(0)
+    model, before = linear_model(), torch.get_rng_state()
+    states = [
+        train(
+            copy.deepcopy(model), of_dataset(silos[0], noisy=True), epochs=2,
+            step=Step(workers=workers), rng=rng(seed),
+        ).params
+        for seed, workers in ((0, 0), (0, 1), (0, 2), (1, 0))
+    ]  # fmt: skip
+    assert same(states[0], states[1]) and same(states[0], states[2])
+    assert not same(states[0], states[3])
+    assert torch.equal(torch.get_rng_state(), before)  # nor is it a new draw each time
+    plain = train(copy.deepcopy(model), of_dataset(silos[0]), epochs=2).params
+    assert not same(states[0], plain)
 
 
-def test_what_cannot_be_trained_together_is_refused():
-    silos = unequal_silos()
+def test_two_silos_in_threads_augment_as_if_each_were_alone(silos):
+    torch.manual_seed(0)
+    model, found = linear_model(), {}
 
-    def together(model, batch_size=8, lr=0.1):
-        turns = [(model.state_dict(), silo, rng()) for silo in silos]
-        how = dict(epochs=1, batch_size=batch_size, lr=lr)
-        return train_together(model, turns, **how)
+    def work(silo):
+        mine = of_dataset(silo, noisy=True)
+        found[silo.name] = train(copy.deepcopy(model), mine, epochs=5).params
 
-    with pytest.raises(ValueError, match="silo 's2' has 8 examples, batch_size is 9"):
-        together(small_mlp(), batch_size=9)
-    with pytest.raises(ValueError, match="buffers .*running_mean"):
-        together(nn.Sequential(nn.BatchNorm1d(6), small_mlp()))
-    with pytest.raises(ValueError, match="draws numbers: True"):
-        together(nn.Sequential(nn.Dropout(), small_mlp()))
-    frozen = small_mlp()
-    frozen[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen .*0.weight"):
-        together(frozen)
-    silos[1].train[0][0] = float("nan")
-    with pytest.raises(FloatingPointError, match="diverged in silo 's1'"):
-        together(small_mlp())
+    threads = [threading.Thread(target=work, args=(silo,)) for silo in silos]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for silo in silos:
+        in_threads = found.pop(silo.name)
+        work(silo)
+        assert same(in_threads, found[silo.name])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_that_fails_names_silo_and_file(silos, workers):
+    broken = of_dataset(silos[0], broken=17)
+    with pytest.raises(RuntimeError, match="silo 'a', examples .*17.png is truncated"):
+        train(linear_model(), broken, step=Step(workers=workers))
+
+
+def test_examples_that_do_not_fit_name_the_silo(silos):
+    x, y = silos[0].train
+    mixed = SimpleNamespace(name="a", train=Pairs([*x[:20], *x[20:, :, :8]], y))
+    with pytest.raises(RuntimeError, match="'a', examples .*give all images one size"):
+        train(linear_model(), mixed)
+    with pytest.raises(RuntimeError, match="silo 'a': IndexError.*labels must be 0 to"):
+        train(linear_model(), SimpleNamespace(name="a", train=(x, y + 2)))
+    outline = SimpleNamespace(name="a", train=(x, torch.zeros(40, 1, 9, 9)))
+    loss = nn.functional.binary_cross_entropy_with_logits
+    with pytest.raises(RuntimeError, match=r"silo 'a': .*size \(torch.Size\(\[8, 1, 9"):
+        train(nn.Conv2d(1, 1, 3, padding=1), outline, loss_fn=loss)
+    with pytest.raises(ValueError, match="silo 'a' has 0 inputs"):
+        train(linear_model(), SimpleNamespace(name="a", train=Pairs(x[:0], y[:0])))
+
+
+# ---- other steps than plain SGD
+
+
+def test_any_optimizer_equals_a_hand_written_loop(silos):
+    def adamw(model, lr):
+        return torch.optim.AdamW([{"params": model[1].weight, "lr": 10 * lr},
+                                  {"params": model[1].bias}], lr=lr)  # fmt: skip
+
+    torch.manual_seed(0)
+    mine = linear_model()
+    theirs = copy.deepcopy(mine)
+    train(mine, silos[0], epochs=2, lr=1e-3, step=Step(adamw, max_norm=0.05))
+    optimizer, (x, y), draws = adamw(theirs, 1e-3), silos[0].train, rng()
+    for _ in range(2):
+        for rows in torch.randperm(40, generator=draws).split(8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(theirs(x[rows]), y[rows]).backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+            optimizer.step()
+    assert same(mine.state_dict(), theirs.state_dict())
+
+
+def test_accumulated_batches_are_one_large_batch(silos):
+    torch.manual_seed(0)
+    model = linear_model()
+    large = train(copy.deepcopy(model), silos[0], batch_size=20, epochs=2)
+    small = train(copy.deepcopy(model), silos[0], batch_size=10, epochs=2,
+                  step=Step(accumulate=2))  # fmt: skip
+    assert large.metrics["steps"] == small.metrics["steps"] == 4
+    for name, value in large.params.items():
+        torch.testing.assert_close(small.params[name], value)
+    # 5 batches: steps of 2, 2 and 1, the last one of its own mean gradient
+    rest = train(model, silos[0], batch_size=8, step=Step(accumulate=2))
+    assert rest.metrics["steps"] == 3
+
+
+def test_a_small_norm_makes_a_small_step(silos):
+    model = linear_model()
+    start = copy.deepcopy(model.state_dict())
+    step = Step(PlainSGD(0, 0), max_norm=0.01)
+    train(model, silos[0], batch_size=40, lr=1.0, step=step)
+    moved = [(v - start[k]).flatten() for k, v in model.state_dict().items()]
+    assert torch.cat(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("step", "tolerance"),
+    [(Step(channels_last=True), 1e-5), (Step(autocast=torch.bfloat16), 0.05)],
+)
+def test_other_layouts_and_precisions_stay_near(silos, step, tolerance):
+    torch.manual_seed(0)
+    model = batchnorm_model()
+    plain = train(copy.deepcopy(model), silos[0]).params
+    other = train(copy.deepcopy(model), silos[0], step=step).params
+    for name, value in plain.items():
+        assert other[name].dtype == value.dtype and other[name].is_contiguous()
+        torch.testing.assert_close(other[name], value, rtol=tolerance, atol=tolerance)
+    assert not same(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(accumulate=0), "accumulate must be >= 1"),
+        (dict(workers=-1), "workers >= 0, got 1 and -1"),
+        (dict(max_norm=0.0), "max_norm must be > 0 or None, got 0.0"),
+        (dict(autocast=torch.float16), "bfloat16 or None, got torch.float16"),
+    ],
+)
+def test_impossible_steps_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Step(**change)
+
+
+# ---- what is frozen, other tasks
+
+
+def test_frozen_entries_are_what_training_leaves_alone(silos):
+    model = batchnorm_model()
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    after = train(model, silos[0], epochs=2).params
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    assert frozen_entries(model) == unchanged
+    assert unchanged == [
+        "0.weight", "0.bias", "1.weight", "1.bias",
+        "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    ]  # fmt: skip
+    assert frozen_entries(batchnorm_model()) == []
+
+
+def test_loss_and_metrics_are_arguments(silos):
+    def metrics(outputs, y):
+        return {"error": (outputs[:, 0] - y).abs().mean().item()}
+
+    def loss(outputs, y):
+        return nn.functional.mse_loss(outputs[:, 0], y.float())
+
+    client = sgd_client(linear_model, epochs=1, lr=0.01, batch_size=8,
+                        loss_fn=loss, metrics=metrics)  # fmt: skip
+    params, (x, y) = linear_model().state_dict(), silos[0].test
+    model = linear_model()
+    model.load_state_dict(params)
+    found = client.evaluate(params, silos[0])
+    expected = (model(x)[:, 0] - y).abs().mean().item()
+    assert found.keys() == {"loss", "error"}
+    assert found["error"] == pytest.approx(expected)
+    how = partial(client.update, round_index=0, rng=rng())
+    assert how(params, silos[0]).metrics["train_loss"] > 0

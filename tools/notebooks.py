@@ -2,6 +2,7 @@
 
 python tools/notebooks.py run                       all notebooks, into runs/
 python tools/notebooks.py run --only 03             one of them
+python tools/notebooks.py run --part learn          01 to 05, which need fewer packages
 python tools/notebooks.py run -p DATASET pneumoniamnist
 python tools/notebooks.py refresh                   rewrite the committed outputs
 python tools/notebooks.py timings                   time and memory: docs/timings.md
@@ -34,12 +35,19 @@ RUNS = ROOT / "runs"
 SMALL = ROOT / "tools" / "small.yaml"
 PAGE, TIMINGS = ROOT / "docs/timings.md", ROOT / "docs/results/timings.csv"
 WHERE = "date", "machine", "python", "torch"
+PARTS = {  # the first notebook of each part, and its title
+    "learn": ("01", "Learn"),
+    "protect": ("06", "Protect"),
+    "real": ("10", "Run for real"),
+    "data": ("13", "Your data"),
+}
+BAR = re.compile(r"\d+%\|")  # tqdm's: "rounds:  25%|##5   | 2/8 [00:01<00:03]"
 
 
 def main() -> int:
     options = parse_arguments()
     try:
-        paths = select(options.only)
+        paths = select(options.only, options.part)
         parameters = {name: literal(value) for name, value in options.parameters}
         check_parameters(paths, parameters)
         if parameters and options.command == "timings":
@@ -60,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("command", choices=("run", "refresh", "timings"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NN")
+    parser.add_argument("--part", choices=PARTS, help="only one part of the lessons")
     parser.add_argument(
         *("-p", "--parameter"),
         dest="parameters",
@@ -71,17 +80,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def select(only: list[str]) -> list[Path]:
-    """The numbered notebooks, or those whose names start with what was asked for."""
+def select(only: list[str], part: str | None = None) -> list[Path]:
+    """The numbered notebooks: all, those of a part, or those that start as asked."""
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    if not only:
-        return found
-    chosen = [path for path in found if path.name.startswith(tuple(only))]
     for start in only:
         if not any(path.name.startswith(start) for path in found):
             names = ", ".join(path.stem for path in found)
             raise ValueError(f"no notebook starts with {start!r}; there are {names}")
-    return chosen
+    chosen = [p for p in found if not only or p.name.startswith(tuple(only))]
+    return [path for path in chosen if part in (None, part_of(path))]
+
+
+def part_of(path: Path) -> str:
+    """The part that a notebook belongs to, by its number."""
+    return [name for name, (first, _) in PARTS.items() if first <= path.name[:2]][-1]
 
 
 def literal(text: str) -> Any:
@@ -136,21 +148,32 @@ def execute(path: Path, output: Path, parameters: dict[str, Any]) -> float:
 
 
 def run(paths: list[Path], parameters: dict[str, Any]) -> int:
-    """Execute into runs/, go on after a failure, and end with one table."""
-    rows, failed = [], []
+    """Execute into runs/, with a row for each when it is done, also when it failed."""
+    width, failed, part = max(len(path.stem) for path in paths), 0, None
+    print(f"{'notebook':{width}}  seconds  on the card    results")
     for path in paths:
-        output = RUNS / path.name
+        if part != part_of(path):
+            part = part_of(path)
+            print(f"\n{PARTS[part][1]}\n{'-' * (width + 60)}")
         try:
-            seconds, minutes = execute(path, output, parameters), card_minutes(path)
-            on_card = f"{minutes} min{', slower' if seconds > 60 * minutes else ''}"
-            numbers = headline(read_recorded(output))
-            rows.append((path.stem, f"{seconds:.0f}", on_card, numbers))
+            row = run_one(path, parameters)
         except papermill.PapermillExecutionError as error:
-            failed.append(path.stem)
+            failed += 1
             where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
-            rows.append((path.stem, "failed", "", f"{where} (see {output})"))
-    print_table(("notebook", "seconds", "on the card", "results"), rows)
-    return 1 if failed else 0
+            row = "failed", "", f"{where} (see {RUNS / path.name})"
+        seconds, card_time, numbers = row
+        print(f"{path.stem:{width}}  {seconds:>7}  {card_time:13}  {numbers}")
+        sys.stdout.flush()
+    return int(failed > 0)
+
+
+def run_one(path: Path, parameters: dict[str, Any]) -> tuple[str, str, str]:
+    """Execute one notebook into runs/: seconds, time on its card, first results."""
+    output, minutes = RUNS / path.name, card_minutes(path)
+    seconds = execute(path, output, parameters)
+    slower = ", slower" if seconds > 60 * minutes else ""
+    numbers = headline(read_recorded(output))
+    return f"{seconds:.0f}", f"{minutes} min{slower}", numbers
 
 
 def headline(results: dict[str, Any], most: int = 4) -> str:
@@ -161,18 +184,6 @@ def headline(results: dict[str, Any], most: int = 4) -> str:
         if isinstance(value, (int, float))
     ]
     return " | ".join(numbers[:most])
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    line = "  ".join("-" * width for width in widths)
-    print()
-    for row in (header, None, *rows):
-        if row is None:
-            print(line)
-        else:
-            cells = [cell.ljust(w) for cell, w in zip(row, widths, strict=True)]
-            print("  ".join(cells).rstrip())
 
 
 def refresh(path: Path, parameters: dict[str, Any]) -> None:
@@ -186,9 +197,7 @@ def refresh(path: Path, parameters: dict[str, Any]) -> None:
     ]
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [
-                output for output in cell.outputs if not is_progress(output)
-            ]
+            cell.outputs = without_progress(cell.outputs)
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02d}"  # stable, so that diffs stay small
     nbformat.write(notebook, path)
@@ -295,10 +304,23 @@ def timings_table(rows: list[dict[str, str]]) -> str:
     return text
 
 
-def is_progress(output: Any) -> bool:
-    """Whether an output is only what a progress bar leaves behind."""
-    text = output.get("text", "")
-    return output.output_type == "stream" and ("\r" in text or not text.strip())
+def without_progress(outputs: list[Any]) -> list[Any]:
+    """The outputs without what progress bars leave behind; printed lines stay."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream":
+            output.text = without_bars(output.text)
+            if not output.text.strip():
+                continue
+        kept.append(output)
+    return kept
+
+
+def without_bars(text: str) -> str:
+    """Printed text without bars: a bar draws itself anew after each carriage return."""
+    parts = text.replace("\r\n", "\n").splitlines(keepends=True)  # at \r, too
+    said = (p for p in parts if not BAR.search(p) and (p.strip() or "\r" not in p))
+    return "".join(part.replace("\r", "") for part in said)
 
 
 if __name__ == "__main__":

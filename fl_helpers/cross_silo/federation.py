@@ -22,6 +22,11 @@ OWN = {f"azure_ml.{key}": key for key in ("compute", "datastore")} | {"name": "k
 CLIENT = r"[^:]+:[A-Za-z_]\w*"
 COMPUTE, DATASTORE = r"[A-Za-z][A-Za-z0-9-]{1,31}", r"[A-Za-z0-9_]{1,255}"
 FOLDER, GUID = r"[\w.=-]+(/[\w.=-]+)*", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+# Of Azure ML: an exact version, never a label such as latest or stable.
+ASSET = r"azureml:[A-Za-z0-9][\w.-]*:\d[\w.-]*"
+CURATED = r"azureml://registries/[\w-]+/environments/[\w.-]+/versions/\d[\w.-]*"
+IMAGE = r"[a-z0-9.-]+(/[\w.-]+)+@sha256:[0-9a-f]{64}"
+INSTANCE = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"
 SHAPES = {  # each key that a file or an engine's sections must have, and its value
     "project": r"[A-Za-z0-9][\w-]{0,40}",
     "silos[].name": r"[A-Za-z0-9][\w -]{0,60}",
@@ -40,15 +45,24 @@ SHAPES = {  # each key that a file or an engine's sections must have, and its va
     "azure_ml.client": CLIENT,
     "silos[].azure_ml.compute": COMPUTE,
     "silos[].azure_ml.datastore": DATASTORE,
-    "silos[].azure_ml.data": FOLDER,
+    "silos[].azure_ml.data": f"{FOLDER}|{ASSET}",
+}
+NUMBERS = {  # keys that are integers, and the largest
+    "on_premises.port": 65535,
+    "azure_ml.hours": 504,  # Azure ML ends a job after 21 days
+    "silos[].azure_ml.processes": 64,
 }
 OPTIONAL = {
     "azure_ml.released[]": r"[a-z]\w*",
     "azure_ml.metrics[]": r"[A-Za-z]\w*",
-    "azure_ml.environment": r"azureml:[\w.-]+:[\w.-]+",
-    "azure_ml.orchestrator.instance_type": r"\w+",
-    "silos[].azure_ml.instance_type": r"\w+",
+    "azure_ml.environment": f"{ASSET}|{CURATED}|{IMAGE}",
+    "azure_ml.hours": r"[1-9]\d{0,2}",
+    "azure_ml.prepare": CLIENT,
+    "azure_ml.orchestrator.instance_type": INSTANCE,
+    "silos[].azure_ml.instance_type": INSTANCE,
     "silos[].azure_ml.outbox": DATASTORE,
+    "silos[].azure_ml.processes": r"[1-9]\d?",
+    "silos[].azure_ml.shm_size": r"[1-9]\d{0,4}[bkmg]",
 }
 
 
@@ -89,9 +103,11 @@ class Workspace:
 class Party:
     """A silo, or the orchestrator, on Azure ML: what belongs to it alone.
 
-    data: the folder of a silo's data in its datastore. outbox: the orchestrator's
-    datastore that a silo writes its updates to. instance_type: for computes that offer
-    several (Kubernetes); "" is the compute's own.
+    data: the folder of a silo's data in its datastore, or a version of a data asset
+    that is there. outbox: the orchestrator's datastore that a silo writes its updates
+    to. instance_type: for computes that offer several (Kubernetes); "" is its own.
+    shm_size: shared memory of a container, "8g". processes: of one training job, on
+    one machine, such as one per GPU.
     """
 
     name: str
@@ -100,6 +116,8 @@ class Party:
     data: str = ""
     outbox: str = ""
     instance_type: str = ""
+    shm_size: str = ""
+    processes: int = 1
 
     @property
     def key(self) -> str:
@@ -112,8 +130,11 @@ class AzureML:
     """The workspace, the orchestrator in it, and what may leave a silo.
 
     client: see `turn.load_client`. released: outputs of a silo's jobs that may leave
-    it. metrics: numbers that may. environment: a registered one,
-    "azureml:name:version", or "" for the one that is pinned in `jobs/`.
+    it. metrics: numbers that may. environment: a registered one, or an image by its
+    digest; "" is the one that is pinned in `jobs/`. prepare: a function in the same
+    form as client, called in each silo before the first round as function(data, target,
+    settings): what it writes into the folder target, the client gets as data. hours:
+    that one job may take.
     """
 
     workspace: Workspace
@@ -122,6 +143,8 @@ class AzureML:
     released: frozenset[str]
     metrics: frozenset[str]
     environment: str = ""
+    prepare: str = ""
+    hours: int = 24
 
 
 @dataclass(frozen=True)
@@ -141,6 +164,11 @@ class Federation:
     silos: tuple[Silo, ...]
     on_premises: OnPremises | None
     azure_ml: AzureML | None
+
+    @property
+    def parties(self) -> tuple[Party, ...]:
+        """On Azure ML: the orchestrator and all silos."""
+        return (self.azure_ml.orchestrator, *(s.azure_ml for s in self.silos))
 
     def only(self, names: Collection[str]) -> Federation:
         """The same federation with some of the silos, by name."""
@@ -196,11 +224,12 @@ class _Content:
         return any(re.match(rf"(silos\[\d+\]\.)?{engine}\b", k) for k in self.values)
 
     def section(self, prefix: str, here: Path | None = None) -> dict[str, Any]:
-        """The values directly below a key; a client's file is in the folder here."""
+        """The values directly below a key; a function's file is in the folder here."""
         own = {k.removeprefix(prefix): k for k in self.values if k.startswith(prefix)}
         own = {name: self.values[k] for name, k in own.items() if name.isidentifier()}
-        if here and own["client"].split(":")[0].endswith(".py"):
-            own["client"] = str(here / own["client"])
+        for name in {"client", "prepare"} & own.keys() if here else ():
+            if own[name].split(":")[0].endswith(".py"):
+                own[name] = str(here / own[name])
         return own
 
     def listed(self, key: str) -> frozenset[str]:
@@ -249,14 +278,15 @@ def _check_value(content: _Content, key: str) -> None:
         below = [k for k in known if k.startswith(f"{_general(key)}.")]
         what = "needs keys of its own" if below else "is not a known key"
         raise content.error(key, f"{what}; known: {', '.join(below or known)}")
-    kind = int if key == "on_premises.port" else str
+    limit = NUMBERS.get(_general(key))
+    kind = int if limit else str
     if type(value) is not kind or not re.fullmatch(shape, str(value), re.ASCII):
         raise content.error(key, f"must match {shape}, got {value!r}")
-    if shape == FOLDER and {".", "..", "fl"} & set(value.split("/")):
+    if key.endswith("azure_ml.data") and {".", "..", "fl"} & set(value.split("/")):
         why = f"must be a folder of its own, got {value!r}; runs write to fl/"
         raise content.error(key, why)
-    if kind is int and value > 65535:
-        raise content.error(key, f"must be 0 to 65535, got {value}")
+    if limit and value > limit:
+        raise content.error(key, f"must be at most {limit}, got {value}")
 
 
 def _check_complete(content: _Content, used: Collection[str]) -> None:

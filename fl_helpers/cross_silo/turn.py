@@ -19,7 +19,7 @@ from typing import Any
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.exchange import Ledger, read_model
 from fl_helpers.simulation import Params, draws_from, silo_rng
-from fl_helpers.training import Update
+from fl_helpers.training import Update, num_examples
 
 MOVED = {"fl_helpers.hospital": "fl_helpers.cross_silo.hospital"}  # kits name these
 
@@ -150,7 +150,7 @@ def train(
 def test(run: Run, client: Client, params: Params, *, round_index: int) -> Update:
     """Test the model only: its metrics, as an update without parameters."""
     metrics = _tested(run, client, params, round_index)
-    return Update(client.silo.name, {}, len(client.silo.train[0]), metrics)
+    return Update(client.silo.name, {}, num_examples(client.silo), metrics)
 
 
 def _tested(

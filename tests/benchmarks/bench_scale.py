@@ -32,9 +32,10 @@ from common import (
 from torch import nn
 
 from fl_helpers.aggregation import weighted_average
+from fl_helpers.checkpoint import Checkpoint
 from fl_helpers.planning import run_cost
 from fl_helpers.silos import Examples, Silo
-from fl_helpers.simulation import Checkpoint, Execution, run_rounds
+from fl_helpers.simulation import Execution, run_rounds
 from fl_helpers.training import train_locally
 
 ROWS, INPUTS, LAST = 8, 100, 5

@@ -6,25 +6,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from common import FULL, cnn_215k, compare, image_silos, report, row, sgd_epoch
+from common import cnn_215k, compare, image_silos, report, row, sgd_epoch
 from torch import nn
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import Execution, Terms, default_workers, run_rounds
-from fl_helpers.training import ClientFunctions, train_locally, train_together
+from fl_helpers.training import ClientFunctions, train_locally
 
 LR = 0.05
 
 
-def federate(
-    model, silos, batch_size, *, workers, rounds, silos_per_round=None, batched=False
-):
-    """A run of run_rounds; each worker thread trains in a model of its own.
-
-    batched: all silos in one graph.
-    """
+def federate(model, silos, batch_size, *, workers, rounds, silos_per_round=None):
+    """A run of run_rounds; each worker thread trains in a model of its own."""
     models = threading.local()
 
     def client_update(params, silo, *, round_index, rng):
@@ -34,11 +29,7 @@ def federate(
         options = dict(lr=LR, batch_size=batch_size, rng=rng)
         return train_locally(models.own, silo, epochs=1, **options)
 
-    def together(turns, *, round_index):
-        return train_together(model, turns, epochs=1, lr=LR, batch_size=batch_size)
-
-    both = together if batched else None
-    client = ClientFunctions(client_update, together=both, draws_only_from_rng=True)
+    client = ClientFunctions(client_update, draws_only_from_rng=True)
     run = dict(rounds=rounds, seed=0, terms=Terms(silos_per_round=silos_per_round))
     run |= dict(execution=Execution(workers=workers, progress=False))
     return run_rounds(model.state_dict(), silos, client, weighted_average, **run)
@@ -117,10 +108,6 @@ def main():
         overhead("4 silos x 1,000 images, CPU", big, image_silos(4, 1000), **few),
     ]
     tiny = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2))
-    for number in (10, 32) if FULL else (10,):
-        case = f"{number} silos in one graph / one by one, tabular"
-        tables = tabular_silos(number, 2000)
-        rows.append(against_serial(case, tiny, tables, "CPU", batched=True))
     if default_workers(big.state_dict(), 4) < 2:
         print("one core only: no speed-up to measure")
         return report("run_rounds / bare loop", rows)

@@ -1,10 +1,15 @@
 """A federation on Azure ML for the tests: its `silos.yaml`, and plans of it."""
 
 import functools
+from dataclasses import fields
 
 import yaml
 
-from fl_helpers.cross_silo.azure_ml import federation, pipeline, plan
+from fl_helpers.cross_silo.azure_ml import pipeline
+from fl_helpers.cross_silo.azure_ml.plan import Part
+from fl_helpers.cross_silo.federation import read_federation
+from fl_helpers.cross_silo.run import Run
+from fl_helpers.exchange import Limits
 
 from . import hospital
 
@@ -45,18 +50,24 @@ def content(names=NAMES):
 def read(folder, found):
     """A federation from such values."""
     (folder / "silos.yaml").write_text(yaml.safe_dump(found))
-    return federation.read_federation(folder / "silos.yaml")
+    return read_federation(folder / "silos.yaml", engine="azure_ml")
 
 
-def job(fed, params, folder, **more):
-    """The graph of a run; 2 rounds and seed 0 if nothing else is said."""
-    more = {"run": "trial", "rounds": 2, "seed": 0} | more
-    return pipeline.build_pipeline(fed, params, folder, **more)
+def make_run(params, **more):
+    """2 rounds and seed 0 if nothing else is said; all metrics may leave."""
+    more = {"name": "trial", "rounds": 2, "seed": 0} | more
+    more.setdefault("limits", Limits(metrics=frozenset(METRICS)))
+    return Run(params=params, **more)
 
 
 def build(fed, params, folder, **more):
-    """The plan of it."""
-    return plan.read_plan(job(fed, params, folder, **more)._to_dict())
+    """The plan of a run, or of a part of it."""
+    known = {field.name for field in fields(Part)} - {"name", "rounds"}
+    part = {key: more.pop(key) for key in known & more.keys()}
+    part |= {key: more.pop(f"part_{key}") for key in ("name", "rounds")
+             if f"part_{key}" in more}  # fmt: skip
+    run = make_run(params, **more)
+    return pipeline.build_pipeline(run, fed, folder, part=Part(**part))
 
 
 @functools.cache

@@ -12,7 +12,9 @@ import threading
 import time
 import uuid
 from collections import namedtuple
+from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -21,14 +23,18 @@ from urllib3 import HTTPResponse
 
 from fl_helpers import exchange
 from fl_helpers.cross_silo.azure_ml import plan, run_locally
+from fl_helpers.cross_silo.run import from_plain
 
 PROVIDERS = "/providers/Microsoft.MachineLearningServices"
 WHEN = "2026-11-01T00:00:00Z"
 BLOB = {"Last-Modified": "Sun, 01 Nov 2026 00:00:00 GMT", "ETag": '"1"'}
-Call = namedtuple("Call", "method path query body headers")
+Call = namedtuple("Call", "method path query body headers answer")
 OWN = "workspaceblobstore"  # the workspace's default datastore
+SILO = ("prepare", "train", "evaluate")
+BOUND = re.compile(r"\$\{\{parent\.jobs\.(\w+)\.outputs\.(\w+)\}\}")
 MODES = {"ReadOnlyMount": "ro_mount", "ReadWriteMount": "rw_mount", "Upload": "upload"}
 ASSETS = "codes|environments|components"
+PAGE = 50  # children of a run, if no number is asked for
 SIZE = {"name": "Standard_DS3_v2", "family": "standardDSv2Family", "vCPUs": 4}
 
 
@@ -40,7 +46,7 @@ class FakeAzure:
     """
 
     def __init__(self, federation, folder, *, data=None, sandbox_kind=None):
-        space = federation.workspace
+        space = federation.azure_ml.workspace
         self.subscription = f"/subscriptions/{space.subscription_id}"
         self.group = f"{self.subscription}/resourceGroups/{space.resource_group}"
         self.workspace = f"{self.group}{PROVIDERS}/workspaces/{space.name}"
@@ -67,7 +73,7 @@ class FakeAzure:
         body = body.encode() if isinstance(body, str) else body
         query = {k.lower(): v for k, v in parse_qsl(url.query)}
         path = unquote(url.path)
-        call = Call(request.method, path, query, body, dict(request.headers))
+        call = Call(request.method, path, query, body, dict(request.headers), None)
         with self.lock:
             account = re.fullmatch(r"(\w+)\.blob\.core\.windows\.net", url.netloc)
             if account:
@@ -75,7 +81,7 @@ class FakeAzure:
                 answer = self.deny(call) or self.blob(call)
             else:
                 answer = self.deny(call) or self.route(call)
-            self.calls.append(call)
+            self.calls.append(call._replace(answer=answer))
             if answer is None:
                 self.unknown.append((call.method, url.netloc, call.path))
                 answer = failure(404, "NotFaked", f"{call.method} {path}")
@@ -100,7 +106,7 @@ class FakeAzure:
 
     def route(self, call):
         """(status, content) of a request to the resource manager or the workspace."""
-        method, path, query, _, _ = call
+        method, path, query, *_ = call
         if path.lower() == self.workspace.lower():
             return 200, self.describe_workspace()
         if path == "/discovery":
@@ -131,7 +137,7 @@ class FakeAzure:
         about = {"workspaceId": "w-1", "discoveryUrl": "https://fake.ml/discovery"}
         return {
             "id": self.workspace,
-            "name": self.federation.workspace.name,
+            "name": self.federation.azure_ml.workspace.name,
             "type": "Microsoft.MachineLearningServices/workspaces",
             "location": "nowhere",
             "properties": about,
@@ -190,16 +196,16 @@ class FakeAzure:
         """The run history: the jobs of a pipeline, and where an output is."""
         if found := re.fullmatch(r"runs/([^/]+)/children", below):
             name, children = found[1], self.children[found[1]]
-            return 200, {
+            top = int(call.query.get("$top", PAGE))  # the rest is on the next page
+            answer = {
                 "value": [
-                    {
-                        "runId": f"{name}_{i}",
-                        "displayName": key,
-                        "status": children[key],
-                    }
-                    for i, key in enumerate(children)
-                ]
+                    {"runId": f"{name}_{i}", "displayName": key, "status": status}
+                    for i, (key, status) in enumerate(children.items())
+                ][:top]
             }
+            if len(children) > top:
+                answer["nextLink"] = "https://fake.ml/next"
+            return 200, answer
         if below == "rundata":
             name = json.loads(call.body)["runId"]
             outputs = {
@@ -218,7 +224,7 @@ class FakeAzure:
 
     def blob(self, call):
         """The blob stores: those of parties are the folders that runs write to."""
-        method, path, query, body, headers = call
+        method, path, query, body, headers, _ = call
         account, container, name = (path + "//").split("/", 2)
         name = name.strip("/")
         if query.get("comp") == "list":  # of a container that is there, maybe empty
@@ -258,28 +264,65 @@ class FakeAzure:
     # What was received, and how it is run.
 
     def received(self, name):
-        """A submitted job as `read_plan` takes it; its code is what was uploaded."""
-        job = self.jobs[name]["properties"]
-        found = {}
-        for key, node in job["jobs"].items():
-            spec = self.resources[node["componentId"]]["properties"]["componentSpec"]
-            found[key] = {
-                "type": node["type"],
-                "compute": node["computeId"].rpartition("/")[2],
-                "component": {
-                    **{k: v for k, v in spec.items() if not k.startswith("_")},
-                    "code": self.unpacked(spec["code"]),
-                },
-                "inputs": {k: value(v) for k, v in (node.get("inputs") or {}).items()},
-                "outputs": {
-                    k: value(v) for k, v in (node.get("outputs") or {}).items()
-                },
-            }
-        outputs = {k: value(v) for k, v in (job.get("outputs") or {}).items()}
-        settings = {k: v for k, v in job["settings"].items() if not k.startswith("_")}
-        return {"type": "pipeline", "jobs": found, "outputs": outputs} | {
-            "settings": {k: settings[k] for k in ("force_rerun",) if k in settings}
-        }
+        """The plan that a submitted job is, read off what was sent; its code is what
+        was uploaded."""
+        job, self.code = self.jobs[name]["properties"], {}
+        jobs = [self.received_job(key, node, job) for key, node in job["jobs"].items()]
+        text = (next(iter(self.code.values())) / "run.json").read_text()
+        nodes = job["jobs"].items()
+        makers = {n["outputs"][o].get("value", ""): (k, o) for k, n in nodes
+                  for o in n["outputs"]}  # fmt: skip
+        return plan.Plan(
+            run=from_plain(json.loads(text)["run"]),
+            federation=self.federation,
+            part=plan.Part(),
+            jobs=tuple(jobs),
+            outputs={
+                key: self.flow(
+                    "", *makers[f"${{{{parent.outputs.{key}}}}}"], job, "ro_mount"
+                )
+                for key in job["outputs"]
+            },
+            code=self.code,
+            codes={j.code: j.command.split()[3] for j in jobs},
+            digest=job["properties"]["plan"],
+        )
+
+    def received_job(self, name, node, job):
+        spec = self.resources[node["componentId"]]["properties"]["componentSpec"]
+        kind = re.search(r"(\w+)\.py --", spec["command"])[1]
+        code = "silo" if kind in SILO else "orchestrator"
+        self.code[code] = Path(self.unpacked(spec["code"]))
+        inputs, outputs = node.get("inputs") or {}, node.get("outputs") or {}
+        values = {k: v["value"] for k, v in inputs.items() if "value" in v}
+        bound = {k: BOUND.fullmatch(v) for k, v in values.items()}
+        literals = {k: v for k, v in values.items() if not bound[k]}
+        ports = spec.get("inputs") or {}
+        ints = {k for k, v in ports.items() if v["type"] == "integer"}
+        literals = {k: int(v) if k in ints else v for k, v in literals.items()}
+        reads = [
+            self.flow(key, *bound[key].groups(), job, mode="ro_mount")
+            if bound.get(key)
+            else flow(key, inputs[key])
+            for key in ports
+            if key not in literals
+        ]
+        writes = [replace(self.flow(k, name, k, job), producer="", output="")
+                  for k in spec["outputs"] if k in outputs]  # fmt: skip
+        compute = node["computeId"].rpartition("/")[2]
+        party = next(p for p in self.federation.parties if p.compute == compute)
+        return plan.Job(
+            name, kind, party, spec["command"], literals, tuple(reads), tuple(writes)
+        )
+
+    def flow(self, key, maker, output, job, mode=""):
+        """A folder that a job of the graph makes; maybe the graph says where."""
+        where = job["jobs"][maker]["outputs"][output]
+        if "uri" not in where:
+            promoted = re.fullmatch(r"\$\{\{parent\.outputs\.(\w+)\}\}", where["value"])
+            where = job["outputs"][promoted[1]]
+        found = flow(key, where)
+        return replace(found, mode=mode or found.mode, producer=maker, output=output)
 
     def unpacked(self, code):
         """The folder of an uploaded code snapshot."""
@@ -296,7 +339,7 @@ class FakeAzure:
 
     def execute(self, name):
         """Run what was received; its status can be asked for meanwhile."""
-        graph = plan.read_plan(self.received(name))
+        graph = self.received(name)
         children = self.children[name]
         properties = self.jobs[name]["properties"]
         children |= {job.name: "NotStarted" for job in graph.jobs}
@@ -308,7 +351,6 @@ class FakeAzure:
         try:
             self.results[name] = run_locally.run(
                 graph,
-                self.federation,
                 self.folder,
                 data=self.data,
                 sandbox_kind=self.sandbox_kind,
@@ -352,7 +394,7 @@ class Instant(FakeAzure):
     def job(self, call, name, cancel):
         answer = super().job(call, name, cancel)
         if call.method == "PUT" and answer[0] == 201:
-            graph = plan.read_plan(self.received(name))
+            graph = self.received(name)
             failed = [job for job in graph.jobs if job.name in self.failing]
             status = "Failed" if failed else "Completed"
             self.jobs[name]["properties"]["status"] = status
@@ -416,15 +458,11 @@ def listing(found):
     return text.encode(), {"Content-Type": "application/xml"}
 
 
-def value(found):
-    """An input or output of a job's body, as the SDK's own dictionary has it."""
-    if not isinstance(found, dict):
-        return found
-    kind = found.get("job_input_type") or found.get("jobInputType") or found.get("type")
-    if "value" in found and kind == "literal":
-        return found["value"]
-    mode = MODES[found["mode"]] if found.get("mode") else None
-    return {"path": found.get("uri"), "type": "uri_folder", "mode": mode}
+def flow(key, where):
+    """A folder as a body of a job says it."""
+    found = re.fullmatch(r"azureml://datastores/(\w+)/paths/(.+)", where["uri"])
+    store, path = found.groups() if found else ("", where["uri"])
+    return plan.Flow(key, store, path, MODES[where["mode"]])
 
 
 def system(kind):

@@ -7,7 +7,7 @@ import pytest
 import requests
 import yaml
 
-from fl_helpers.cross_silo.azure_ml import client, plan, run_locally
+from fl_helpers.cross_silo.azure_ml import pipeline, run_locally, workspace
 
 from . import azure_trial, fake_azure
 
@@ -35,17 +35,17 @@ def test_the_python_of_the_guide_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", fake_azure.quick_sleep)
     played = []
 
-    def run(checked, federation, folder, *, data):
-        plan.check_plan(checked, federation)
-        assert data.keys() == {silo.name for silo in federation.silos}
+    def run(checked, folder, *, data):
+        pipeline.check_plan(checked)
+        assert data.keys() == {silo.name for silo in checked.silos}
         played.append(checked)
 
     monkeypatch.setattr(run_locally, "run", run)  # test_azure_local.py has the real one
-    client.sign_in.cache_clear()
+    workspace.sign_in.cache_clear()
     names = {}
     for text in blocks("python"):
         exec(compile(text, "docs/azure-ml.md", "exec"), names)
-    client.sign_in.cache_clear()
+    workspace.sign_in.cache_clear()
     assert not azure.unknown
     assert list(azure.jobs) == ["first", "second-0001", "second-0002", "second-0003"]
     assert len(played[0].jobs) == 1 + 2 * 5 + 5

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo import sandbox
-from fl_helpers.cross_silo.azure_ml import plan, run_locally
+from fl_helpers.cross_silo.azure_ml import plan, run_locally, start
 from fl_helpers.training import ClientFunctions
 
 from . import attacker, azure_trial, hospital
@@ -61,7 +63,7 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
     name = "train_0000_hospital_b"
     said_so = f"(?s){name} exited.*patient_4711"
     with pytest.raises(run_locally.RunError, match=said_so) as e:
-        run_locally.run(graph, federation, tmp_path, workers=1, **how)
+        run_locally.run(graph, tmp_path, workers=1, **how)
     log = tmp_path / "logs" / f"{name}.log"
     assert str(log) in str(e.value)
     assert log.read_text() == (
@@ -70,7 +72,7 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
 
     faults("Hospital B", {})
     said.clear()
-    result = run_locally.run(graph, federation, tmp_path, **how)
+    result = run_locally.run(graph, tmp_path, **how)
     # What depends on Hospital B's folder, which has changed, is done again.
     assert skipped(said) == {"initial", "train_0000_hospital_a"}
     assert len(said) == len(graph.jobs) == 10
@@ -84,7 +86,7 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
     said.clear()
     (tmp_path / "done" / "collect.json").unlink()
     graph = azure_trial.build(federation, params, tmp_path)  # its code written anew
-    run_locally.run(graph, federation, tmp_path, **how)
+    run_locally.run(graph, tmp_path, **how)
     assert skipped(said) == {job.name for job in graph.jobs} - {"collect"}
 
 
@@ -128,20 +130,25 @@ def check_ledger(found, params):
 # ---- jobs stay inside
 
 
-def only_prepare(federation, folder, function, **settings):
+@pytest.fixture
+def only_prepare(tmp_path, monkeypatch):
     """The jobs that prepare the silos' data, with a function of the attacker's."""
-    graph = azure_trial.build(
-        federation,
-        azure_trial.model().state_dict(),
-        folder,
-        prepare=f"{attacker.__file__}:{function}",
-        settings=settings,
-    )
-    return plan.Plan(tuple(job for job in graph.jobs if job.kind == "prepare"))
+    monkeypatch.setattr(run_locally, "check_plan", lambda plan: None)  # not a whole one
+
+    def build(function, **settings):
+        content = azure_trial.content(NAMES)
+        content["azure_ml"]["prepare"] = f"{attacker.__file__}:{function}"
+        fed = azure_trial.read(tmp_path, content)
+        params = azure_trial.model().state_dict()
+        graph = azure_trial.build(fed, params, tmp_path, settings=settings)
+        jobs = tuple(job for job in graph.jobs if job.kind == "prepare")
+        return replace(graph, jobs=jobs)
+
+    return build
 
 
 @pytest.mark.parametrize("kind", ["bubblewrap", "landlock"])
-def test_a_silos_job_sees_nothing_of_another(kind, federation, tmp_path, data):
+def test_a_silos_job_sees_nothing_of_another(kind, only_prepare, tmp_path, data):
     if not sandbox.works(kind):
         pytest.skip(f"{kind} does not work on this machine: isolation is NOT tested")
     places = {}
@@ -158,7 +165,7 @@ def test_a_silos_job_sees_nothing_of_another(kind, federation, tmp_path, data):
         other.bind(f"\0{name}")
         other.listen()
         jobs = only_prepare(
-            *(federation, tmp_path, "prepare"),
+            "prepare",
             other=str(places["Hospital B"]),
             pid=os.getpid(),
             socket=name,
@@ -166,7 +173,7 @@ def test_a_silos_job_sees_nothing_of_another(kind, federation, tmp_path, data):
         )
         graph = replace(jobs, jobs=jobs.jobs[:1])
         assert graph.jobs[0].name == "prepare_hospital_a"
-        run_locally.run(*(graph, federation, tmp_path), data=places, sandbox_kind=kind)
+        run_locally.run(graph, tmp_path, data=places, sandbox_kind=kind)
     target = tmp_path / "stores/hospital_a/fl/prepared/trial/data"
     done = json.loads((target / "done.json").read_text())
     # bubblewrap: beside its folders is an empty file system that ends with the job.
@@ -176,11 +183,11 @@ def test_a_silos_job_sees_nothing_of_another(kind, federation, tmp_path, data):
 
 
 def test_what_a_silos_job_prints_or_raises_stays_in_its_store(
-    federation, tmp_path, data
+    only_prepare, tmp_path, data
 ):
-    graph = only_prepare(federation, tmp_path, "talk")
+    graph = only_prepare("talk")
     with pytest.raises(run_locally.RunError, match="cannot read patient_4711.dcm"):
-        run_locally.run(graph, federation, tmp_path, data=data, workers=1)
+        run_locally.run(graph, tmp_path, data=data, workers=1)
     log = (tmp_path / "logs/prepare_hospital_a.log").read_text()
     assert log == "hospital_a, data: ValueError; more in the silo, private/log.txt\n"
     private = tmp_path / "stores/hospital_a/fl/private/trial/prepare"
@@ -190,11 +197,11 @@ def test_what_a_silos_job_prints_or_raises_stays_in_its_store(
 
 
 def test_a_job_that_takes_too_long_is_ended_with_its_children(
-    federation, tmp_path, data
+    only_prepare, tmp_path, data
 ):
-    graph = only_prepare(federation, tmp_path, "wait")
+    graph = only_prepare("wait")
     with pytest.raises(run_locally.RunError, match="took too long after"):
-        run_locally.run(graph, federation, tmp_path, data=data, timeout=8, workers=1)
+        run_locally.run(graph, tmp_path, data=data, timeout=8, workers=1)
     from engines.conftest import wait_until
 
     def sleeping():
@@ -208,16 +215,97 @@ def test_missing_data_are_named_before_anything_runs(federation, tmp_path):
     graph = azure_trial.build(federation, azure_trial.model().state_dict(), tmp_path)
     missing = "nothing at .*hospital_a/radiographs.*hospital_b/radiographs"
     with pytest.raises(run_locally.RunError, match=missing):
-        run_locally.run(graph, federation, tmp_path)
+        run_locally.run(graph, tmp_path)
     assert not [*(tmp_path / "logs").iterdir()]
 
 
 def test_a_refused_plan_does_not_run(federation, tmp_path):
     graph = azure_trial.build(federation, azure_trial.model().state_dict(), tmp_path)
     bad = replace(graph, jobs=graph.jobs[:-1])
-    with pytest.raises(plan.PlanRefused, match="scores is read by 0 jobs"):
-        run_locally.run(bad, federation, tmp_path)
+    with pytest.raises(plan.PlanRefused, match="collect: the job is None"):
+        run_locally.run(bad, tmp_path)
     assert not (tmp_path / "stores").exists()
+
+
+# ---- a job looks at its code and its environment first
+
+
+def snapshot_of(federation, folder):
+    plan = azure_trial.build(federation, azure_trial.model().state_dict(), folder)
+    return plan.code["silo"], plan.codes["silo"]
+
+
+TAMPERINGS = {  # what is done to a snapshot: (how, whether a job would run it)
+    "a script": (lambda f: (f / "train.py").write_text("import os"), False),
+    "a helper": (lambda f: (f / "fl_helpers/models.py").unlink(), False),
+    "the run": (lambda f: (f / "run.json").write_text("{}"), False),
+    "the list": (lambda f: start.write_files(f), True),
+    "a module beside": (lambda f: (f / "torch.py").write_text(""), False),
+    "a compiled module": (lambda f: (f / "json.pyc").write_bytes(b""), False),
+    "a library": (lambda f: (f / "fl_helpers/_x.so").write_bytes(b""), False),
+    "a link to a file": (lambda f: (f / "x.txt").symlink_to("/etc/passwd"), False),
+    "a link to a folder": (lambda f: (f / "torch").symlink_to("/tmp"), False),
+    "a script that is a link": (
+        lambda f: (
+            shutil.move(f / "train.py", f.parent / "train.py"),
+            (f / "train.py").symlink_to(f.parent / "train.py"),
+        ),
+        False,
+    ),
+    "patients": (lambda f: (f / "patients.csv").write_text("x"), False),
+    "an ignore file": (lambda f: (f / ".amlignore").write_text("x"), False),
+    "logs of the service": (lambda f: (f / "logs").mkdir(), True),
+    "a note": (lambda f: (f / "note.txt").write_text("x"), True),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_code_that_is_not_what_was_signed(name, federation, tmp_path):
+    """The list itself unchanged is nothing; notes stay here, and do no harm there."""
+    folder, digest = snapshot_of(federation, tmp_path)
+    start.verify(folder, digest, exactly=True)
+    tamper, harmless = TAMPERINGS[name]
+    tamper(folder)
+    if harmless:
+        start.verify(folder, digest)
+    else:
+        with pytest.raises(ValueError, match="is not the code"):
+            start.verify(folder, digest)
+    if name not in ("the list", "logs of the service"):  # an empty folder is not sent
+        with pytest.raises(ValueError, match="is not the code"):
+            start.verify(folder, digest, exactly=True)
+    with pytest.raises(ValueError, match="is not the code with the digest 000"):
+        start.verify(folder, "0" * 64)
+
+
+SHOW = """
+import os, pathlib, sys
+raw = pathlib.Path("/proc/self/environ").read_text()
+print(sorted(k for k in os.environ if "ML" in k or k == "RANK"), "s3cret" in raw)
+"""
+
+
+@pytest.mark.parametrize(
+    "script, seen",
+    [
+        ("train.py", "['RANK'] False"),
+        ("collect.py", "['AZUREML_RUN_TOKEN', 'MLFLOW_TRACKING_URI', 'RANK'] True"),
+    ],
+)
+def test_a_silos_script_finds_no_token(script, seen, tmp_path):
+    shutil.copy(start.__file__, tmp_path / "start.py")
+    (tmp_path / script).write_text(SHOW)
+    digest = start.write_files(tmp_path)
+    secret = dict.fromkeys(("AZUREML_RUN_TOKEN", "MLFLOW_TRACKING_URI"), "s3cret")
+    path = {"PATH": os.environ["PATH"], "RANK": "0"}
+    line = [sys.executable, "-B", "start.py", digest, script, "--x", "y"]
+    how = dict(cwd=tmp_path, env=path | secret, capture_output=True, text=True)
+    done = subprocess.run(line, **how)
+    assert done.stdout.strip() == seen, done.stderr
+    (tmp_path / script).write_text("print('another')")
+    done = subprocess.run(line, **how)
+    assert done.returncode and not done.stdout
+    assert f"['{script}'] differ" in done.stderr
 
 
 # ---- metrics
@@ -269,3 +357,33 @@ def test_metrics_go_to_the_run_of_the_whole_pipeline(common, tmp_path, monkeypat
         ("root", "Hospital A/train_loss", 0.5, 3),
         ("root", "Hospital B/train_loss", 0.25, 3),
     ]
+
+
+def many(silos):
+    names = [f"Hospital {k:02d}" for k in range(silos)]
+    return {name: {"steps": 1.0, "test_auroc": 0.5, "loss": 1.0} for name in names}
+
+
+def test_a_fault_of_the_curves_never_fails_a_round_and_they_are_at_most_fifty(
+    common, tmp_path, monkeypatch, capsys
+):
+    logged = []
+
+    class Client:
+        def log_metric(self, run, name, value, *, step):
+            logged.append(name)
+            if len(logged) == 60:
+                raise ConnectionError("no answer")
+
+    fake = SimpleNamespace(MlflowClient=Client, __spec__=object())
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.setenv(key, "x")
+    common.report(tmp_path, 0, many(20))
+    assert len(logged) == 50 and "10 metrics are only in" in capsys.readouterr().out
+    assert {f"Hospital {k:02d}/test_auroc" for k in range(20)} <= set(logged)
+    first = list(logged)
+    common.report(tmp_path, 1, many(20))  # fails at the tenth
+    assert logged[50:] == first[:10]
+    assert "no answer" in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 60

@@ -7,7 +7,7 @@ import torch
 
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import make_aggregate
-from fl_helpers.cross_silo.azure_ml import plan, rounds, run_locally
+from fl_helpers.cross_silo.azure_ml import pipeline, rounds, run_locally
 from fl_helpers.robust import ROBUST_RULES
 from fl_helpers.scaffold import zero_variates
 from fl_helpers.training import norm_entries
@@ -39,20 +39,19 @@ class Azure:
     def __init__(self, faults=(), scores=()):
         self.faults, self.scores, self.plans = dict(faults), iter(scores), []
 
-    def __call__(self, job, federation):
-        graph = plan.read_plan(job._to_dict())
-        plan.check_plan(graph, federation)
+    def __call__(self, graph):
+        pipeline.check_plan(graph)
         self.plans.append(graph)
         if jobs := self.faults.get(len(self.plans)):
             raise JobsFailed(*jobs)
         index = int(graph.jobs[-1].literals["round"])
         line = {"round": index, "metric": "test_loss", "value": next(self.scores, 1.0)}
-        return [line | {"silo": silo.name} for silo in federation.silos]
+        return [line | {"silo": silo.name} for silo in graph.silos]
 
 
 def play(azure, fed, params, folder, **more):
-    more = {"run": "trial", "rounds": 3, "seed": 0, "show": lambda _: None} | more
-    return rounds.play_rounds(fed, params, folder, azure, **more)
+    run = azure_trial.make_run(params, **{"rounds": 3} | more)
+    return rounds.play_rounds(run, fed, folder, azure, show=lambda _: None)
 
 
 def reads(graph, name):
@@ -74,7 +73,7 @@ def test_each_round_starts_where_the_last_one_ended(fed, params, tmp_path):
         {"fl/models/trial-0002/0002"},
         {"fl/models/trial-0003/0003"},
     ]
-    assert (state["run"], state["rounds_done"]) == ("trial-0003", 3)
+    assert (state["name"], state["rounds_done"]) == ("trial-0003", 3)
     assert len(state["metrics"]) == 4 * 3 and state["missing"] == {}
 
 
@@ -95,12 +94,12 @@ def test_without_a_silo_that_fails_and_with_it_when_it_is_back(fed, params, tmp_
 
 def test_too_few_silos(fed, params, tmp_path):
     jobs = ["train_0000_hospital_a", "prepare_hospital_c"]
-    with pytest.raises(rounds.NoQuorum, match="1 silos are left, the quorum is 2"):
+    with pytest.raises(simulation.NoQuorum, match="1 silos are left, the quorum is 2"):
         play(Azure({1: jobs}), fed, params, tmp_path, quorum=2)
     azure = Azure()  # started again when they are there
     state = play(azure, fed, params, tmp_path, quorum=2)
     assert state["rounds_done"] == 3 and state["tries"] == 5
-    with pytest.raises(rounds.NoQuorum, match="2 silos are left, the quorum is 3"):
+    with pytest.raises(simulation.NoQuorum, match="2 silos are left, the quorum is 3"):
         play(Azure({1: jobs[:1]}), fed, params, tmp_path / "all")
 
 
@@ -108,46 +107,23 @@ def test_a_fault_at_the_orchestrator_is_not_the_silos(fed, params, tmp_path):
     with pytest.raises(JobsFailed):
         play(Azure({2: ["aggregate_0001"]}), fed, params, tmp_path, quorum=1)
     state = json.loads((tmp_path / "state.json").read_text())
-    assert (state["run"], state["rounds_done"]) == ("trial-0001", 1)
+    assert (state["name"], state["rounds_done"]) == ("trial-0001", 1)
     azure = Azure()
     play(azure, fed, params, tmp_path, quorum=1)
     assert azure.plans[0].jobs[0].name == "train_0001_hospital_a"
     assert play(azure, fed, params, tmp_path)["tries"] == 5  # nothing is left to do
     with pytest.raises(ValueError, match=r"another run: \['seed'\] differ"):
         play(azure, fed, params, tmp_path, seed=1)
-    with pytest.raises(ValueError, match=r"another run: \['how'\] differ"):
+    with pytest.raises(ValueError, match=r"another run: \['settings'\] differ"):
         play(azure, fed, params, tmp_path, settings={"mu": 1})
 
 
 def test_it_stops_when_scores_get_no_better(fed, params, tmp_path):
-    stop = {"metric": "test_loss", "patience": 2, "higher_is_better": False}
+    stop = simulation.Stop("loss", 2, higher_is_better=False)
     scores = [1.0, 0.5, 0.6, 0.5, 0.1]
     state = play(Azure(scores=scores), fed, params, tmp_path, rounds=9, stop=stop)
     # After 4 rounds, neither of the last two scores beats 0.5.
     assert state["rounds_done"] == 4 and state["stopped"] and state["tested"]
-
-
-@pytest.mark.parametrize(
-    "means, patience, higher, expected",
-    [
-        ([], 1, True, False),
-        ([0.5], 1, True, False),
-        ([0.5, 0.5], 1, True, True),
-        ([0.5, 0.6], 1, True, False),
-        ([0.5, 0.4, 0.6], 2, True, False),
-        ([0.6, 0.4, 0.6], 2, True, True),
-        ([0.6, 0.7], 1, False, True),
-    ],
-)
-def test_should_stop(means, patience, higher, expected):
-    lines = [
-        {"round": r, "metric": "m", "value": value + d, "silo": d}
-        for r, value in enumerate(means)
-        for d in (0.125, -0.125)
-    ]
-    lines += [{"round": 99, "metric": "other", "value": 9.0, "silo": 0}]
-    stop = {"metric": "m", "patience": patience, "higher_is_better": higher}
-    assert rounds.should_stop(lines, stop) == expected
 
 
 @pytest.mark.engines
@@ -166,9 +142,8 @@ def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos, rule
     settings = {"mu": 0.1, "scaffold": 1}
     options = {"FedAdam": {"lr": 0.01}, "NormClipping": {"max_norm": 0.5}}[rule]
 
-    def here(job, some):
-        graph = plan.read_plan(job._to_dict())
-        return run_locally.run(graph, some, tmp_path, data=data).metrics
+    def here(graph):
+        return run_locally.run(graph, tmp_path, data=data).metrics
 
     state = play(
         *(here, fed, params, tmp_path),
@@ -182,17 +157,24 @@ def test_all_strategies_at_once_round_by_round(tmp_path, silos_yaml, silos, rule
         *(params, silos[:2], update, rule),
         **{"rounds": 2, "seed": 0, "terms": simulation.Terms(keep_local=keep)},
     )
-    models = tmp_path / "stores/orchestrator/fl/models" / state["run"]
+    models = tmp_path / "stores/orchestrator/fl/models" / state["name"]
     final = exchange.read_model(models / "0002", history.params, round_index=2)
     for name, value in history.params.items():
         assert torch.equal(final[name], value), name
     for silo in fed.silos:
-        kept = tmp_path / "stores" / silo.datastore / "fl/kept" / state["run"] / "0002"
+        kept = (
+            tmp_path
+            / "stores"
+            / silo.azure_ml.datastore
+            / "fl/kept"
+            / state["name"]
+            / "0002"
+        )
         who = "entries that stay in the silo"
         own = exchange.read_model(kept, history.local[silo.name], silo=who)
         for name, value in history.local[silo.name].items():
             assert torch.equal(own[name], value), name
-        private = (tmp_path / "stores" / silo.datastore).rglob("ledger.jsonl")
+        private = (tmp_path / "stores" / silo.azure_ml.datastore).rglob("ledger.jsonl")
         text = "".join(path.read_text() for path in private)
         assert "3.weight" in text
         assert not any(f'"{name}"' in text for name in keep), "a kept entry left"

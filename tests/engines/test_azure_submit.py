@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
-from fl_helpers.cross_silo.azure_ml import client, plan, rounds
+from fl_helpers.cross_silo.azure_ml import pipeline, plan, rounds, snapshot, workspace
 from fl_helpers.cross_silo.azure_ml.preflight import preflight
 from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, explain
 from fl_helpers.training import ClientFunctions
@@ -21,13 +23,15 @@ from fl_helpers.training import ClientFunctions
 from . import azure_trial, fake_azure, hospital
 
 ROOT = Path(__file__).parents[2]
-HELPERS = {f"fl_helpers/{path.name}" for path in (ROOT / "fl_helpers").glob("*.py")}
+CORE = ROOT / "fl_helpers"
+HELPERS = {
+    f"fl_helpers/{path.relative_to(CORE)}"
+    for path in (*CORE.glob("*.py"), *CORE.glob("cross_silo/*.py"))
+}
+HELPERS |= {"common.py", "run.json", "start.py", "files.json"}
 SENT = {  # by code snapshot: all that leaves this machine
-    "silo": {"common.py", "run.json", "train.py", "evaluate.py", "prepare.py"}
-    | {"hospital.py"}
-    | HELPERS,
-    "orchestrator": {"common.py", "run.json", "initial.py", "aggregate.py"}
-    | {"collect.py", "initial.safetensors"}
+    "silo": {"train.py", "evaluate.py", "prepare.py", "hospital.py"} | HELPERS,
+    "orchestrator": {"initial.py", "aggregate.py", "collect.py", "initial.safetensors"}
     | HELPERS,
 }
 
@@ -66,23 +70,32 @@ def azure(federation, data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def connection(azure, federation):
-    return client.connect(federation, credential=fake_azure.Credential())
+    return workspace.connect(federation, credential=fake_azure.Credential())
 
 
 def build(federation, folder, **more):
-    return azure_trial.job(federation, azure_trial.model().state_dict(), folder, **more)
+    params = azure_trial.model().state_dict()
+    return azure_trial.build(federation, params, folder, **more)
+
+
+def send(connection, federation, folder, **more):
+    found = build(federation, folder, **more)
+    return workspace.submit(connection, found, approved=found.digest)
 
 
 @pytest.mark.engines
 def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
-    azure, connection, federation, tmp_path, silos, capfd
+    azure, connection, federation, tmp_path, silos, capfd, monkeypatch
 ):
     # test_azure_local.py has the same for plans that never left this machine.
-    job = build(federation, tmp_path)
-    for folder in (tmp_path / "code").rglob("**/"):  # beside every script
-        (folder / "patients.csv").write_text("name,diagnosis\n")
-        (folder / ".env").write_text("KEY=secret")
-    sent = client.submit(connection, job, federation)
+    core = tmp_path / "other" / "fl_helpers"  # to see whose the jobs import
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(CORE, core, ignore=skip)
+    (core / "patients.csv").write_text("name,diagnosis\n")
+    with (core / "__init__.py").open("a") as file:
+        file.write("\nprint('from the upload')\n")
+    monkeypatch.setattr(snapshot, "PACKAGE", core)
+    sent = send(connection, federation, tmp_path)
     assert sent.name == "trial" and sent.studio_url.startswith("https://ml.azure.com/")
 
     # What was uploaded, by the folder's name; its container is a new one each time.
@@ -110,16 +123,13 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
             out = key in ("model_update", "scores")
             assert (stores[store] is party) != out, (name, key, where)
             if out:
-                assert stores[store] is federation.orchestrator
+                assert stores[store] is federation.azure_ml.orchestrator
                 assert path.startswith(f"fl/updates/{party.key}/trial/")
 
-    for path in azure.blobs:  # to see whose `fl_helpers` the jobs import
-        if path.endswith("/fl_helpers/__init__.py"):
-            azure.blobs[path] += b"\nprint('from the upload')\n"
     thread = azure.start("trial")
-    client.wait(connection, "trial", poll=0.2, timeout=900)
+    workspace.wait(connection, "trial", poll=0.2, timeout=900)
     thread.join(10)
-    numbers = client.download_metrics(connection, "trial", tmp_path / "reports")
+    numbers = workspace.download_metrics(connection, "trial", tmp_path / "reports")
     all_of_it = azure.results["trial"].metrics  # here there are those of the last round
     assert numbers == [line for line in all_of_it if line["round"] >= 1] != []
     assert set(azure.children["trial"].values()) == {"Completed"}
@@ -131,7 +141,7 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
     assert all("from the upload" in path.read_text() for path in logs)
 
     params = azure_trial.model().state_dict()
-    final = client.download_model(connection, "trial", tmp_path / "model", params)
+    final = workspace.download_model(connection, "trial", tmp_path / "model", params)
     both = ClientFunctions(*hospital.functions({}))
     history = simulation.run_rounds(
         params, silos, both, weighted_average, rounds=2, seed=0
@@ -143,52 +153,62 @@ def test_what_is_submitted_runs_to_the_bits_of_the_simulation(
 def test_nothing_is_sent_if_the_plan_is_refused(
     azure, connection, federation, tmp_path
 ):
-    job = build(federation, tmp_path)
-    job.jobs["train_0000_hospital_a"].compute = "hospital-b"
-    calls = len(azure.calls)
+    found = build(federation, tmp_path)
+    jobs = [
+        replace(job, party=federation.parties[2])
+        if job.name == "train_0000_hospital_a"
+        else job
+        for job in found.jobs
+    ]
+    bad, calls = replace(found, jobs=tuple(jobs)), len(azure.calls)
     with pytest.raises(plan.PlanRefused, match="train_0000_hospital_a"):
-        client.submit(connection, job, federation)
+        workspace.submit(connection, bad, approved=bad.digest)
+    with pytest.raises(plan.PlanRefused, match="its digest is"):
+        workspace.submit(connection, found, approved="0" * 64)
+    (tmp_path / "code/silo/patients.csv").write_text("name,diagnosis\n")
+    with pytest.raises(plan.PlanRefused, match=r"\['patients.csv'\] were added"):
+        workspace.submit(connection, found, approved=found.digest)
     assert len(azure.calls) == calls and not azure.blobs
 
 
 def test_a_run_has_a_name_of_its_own(azure, connection, federation, tmp_path):
-    client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+    send(connection, federation, tmp_path, rounds=1)
     with pytest.raises(AzureProblem, match="'trial'.*a name of its own"):
-        client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+        send(connection, federation, tmp_path, rounds=1)
 
 
 def test_a_job_that_fails_is_named(azure, connection, federation, tmp_path):
-    client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+    send(connection, federation, tmp_path, rounds=1)
     azure.jobs["trial"]["properties"]["status"] = "Failed"
     azure.children["trial"] = {
         "initial": "Completed",
         "train_0000_hospital_b": "Failed",
     }
     with pytest.raises(AzureProblem, match=r"Failed.*\['train_0000_hospital_b'\]"):
-        client.wait(connection, "trial", show_progress=False)
+        workspace.wait(connection, "trial", show_progress=False)
 
 
 def test_waiting_ends(azure, connection, federation, tmp_path):
-    client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+    send(connection, federation, tmp_path, rounds=1)
     with pytest.raises(AzureProblem, match="not over after 0 s"):
-        client.wait(connection, "trial", timeout=0, show_progress=False)
+        workspace.wait(connection, "trial", timeout=0, show_progress=False)
     connection.jobs.begin_cancel("trial")
     with pytest.raises(AzureProblem, match="is Canceled"):
-        client.wait(connection, "trial", show_progress=False)
+        workspace.wait(connection, "trial", show_progress=False)
 
 
 def test_a_model_that_was_changed_is_refused(azure, connection, federation, tmp_path):
-    client.submit(connection, build(federation, tmp_path), federation)
+    send(connection, federation, tmp_path)
     azure.jobs["trial"]["properties"]["status"] = "Completed"
     params = azure_trial.model().state_dict()
     with pytest.raises(AzureProblem, match="nothing in its output"):
-        client.download_model(connection, "trial", tmp_path / "none", params)
+        workspace.download_model(connection, "trial", tmp_path / "none", params)
     made = azure.folder / "stores/orchestrator/fl/models/trial/0002"
     exchange.write_model(made, params, round_index=2)
     path = made / exchange.MODEL
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(exchange.Refused, match="SHA-256|hash"):
-        client.download_model(connection, "trial", tmp_path / "model", params)
+        workspace.download_model(connection, "trial", tmp_path / "model", params)
 
 
 def test_round_by_round_with_a_quorum_until_it_gets_no_better(
@@ -200,22 +220,25 @@ def test_round_by_round_with_a_quorum_until_it_gets_no_better(
     azure.scores = {0: 1.0, 1: 0.5, 2: 0.7, 3: 0.6}  # no better than round 1 from 2 on
     send = fake_azure.adapter(azure)
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-    connection = client.connect(federation, credential=fake_azure.Credential())
+    connection = workspace.connect(federation, credential=fake_azure.Credential())
+    stop = simulation.Stop("loss", 2, higher_is_better=False)
+    run = azure_trial.make_run(params, name="long", rounds=9, quorum=2, stop=stop)
+    part = plan.Part(rounds=1)  # the digest is that of the whole run
+    digest = pipeline.build_pipeline(run, federation, tmp_path, part=part).digest
     state = rounds.play_rounds(
+        run,
         federation,
-        params,
         tmp_path / "run",
-        client.player(connection, tmp_path / "reports", show_progress=False),
-        run="long",
-        rounds=9,
-        seed=0,
-        quorum=2,
-        stop={"metric": "test_loss", "patience": 2, "higher_is_better": False},
+        workspace.player(
+            connection, tmp_path / "reports", approved=digest, show_progress=False
+        ),
     )
     assert state["rounds_done"] == 4 and state["stopped"] and state["tested"]
     assert state["missing"] == {"1": ["Hospital B"]}
     assert not azure.unknown and len(azure.jobs) == 4 + 1 + 1  # one again, one tests
-    last = client.download_model(connection, state["run"], tmp_path / "model", params)
+    last = workspace.download_model(
+        connection, state["name"], tmp_path / "model", params
+    )
     assert last.keys() == params.keys()
 
 
@@ -246,17 +269,17 @@ def test_connecting_says_what_is_wrong(told, azure, federation):
     path, answer = CONNECTING[told]
     azure.denied[path] = answer
     with pytest.raises(AzureProblem, match=re.escape(told)):
-        client.connect(federation, credential=fake_azure.Credential())
+        workspace.connect(federation, credential=fake_azure.Credential())
 
 
 def test_connecting_without_a_workspace_or_network(azure, federation, tmp_path):
     example = azure_trial.read(tmp_path, azure_trial.content())
-    assert client.is_configured(federation) and not client.is_configured(example)
+    assert workspace.is_configured(federation) and not workspace.is_configured(example)
     with pytest.raises(AzureProblem, match="names no subscription"):
-        client.connect(example, credential=fake_azure.Credential())
+        workspace.connect(example, credential=fake_azure.Credential())
     azure.denied["/workspaces/ws$"] = requests.ConnectionError("no route")
     with pytest.raises(AzureProblem, match="cannot be reached"):
-        client.connect(federation, credential=fake_azure.Credential())
+        workspace.connect(federation, credential=fake_azure.Credential())
 
 
 def test_not_signed_in(azure, federation, monkeypatch):
@@ -269,25 +292,25 @@ def test_not_signed_in(azure, federation, monkeypatch):
         def get_token(self, *scopes, **_):
             raise CredentialUnavailableError("Please run 'az login'")
 
-    client.sign_in.cache_clear()
+    workspace.sign_in.cache_clear()
     monkeypatch.setattr("azure.identity.DefaultAzureCredential", Nobody)
     with pytest.raises(AzureProblem, match="you are not signed in; `az login`"):
-        client.connect(federation)
-    client.sign_in.cache_clear()
+        workspace.connect(federation)
+    workspace.sign_in.cache_clear()
 
 
 def test_sending_says_what_is_wrong(azure, connection, federation, tmp_path):
     azure.denied["code-"] = (403, "AuthorizationPermissionMismatch", "denied")
     with pytest.raises(AzureProblem, match="Storage Blob Data Contributor"):
-        client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+        send(connection, federation, tmp_path, rounds=1)
     azure.denied = {
         "/jobs/trial$": (403, "AuthorizationFailed", NO_ROLE.format("M.ML/jobs/write"))
     }
     with pytest.raises(AzureProblem, match="'trial': a role is missing for M.ML/jobs"):
-        client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+        send(connection, federation, tmp_path, rounds=1)
     del azure.computes["hospital-c"]
     with pytest.raises(AzureProblem, match="hospital-c"):
-        client.submit(connection, build(federation, tmp_path, rounds=1), federation)
+        send(connection, federation, tmp_path, rounds=1)
 
 
 def test_other_errors_pass_without_what_opens_a_store():
@@ -399,7 +422,7 @@ def test_a_registered_environment_is_looked_for(azure, federation, tmp_path):
     with pytest.raises(
         AzureProblem, match="all: environment 'fl-gpu': it is not there"
     ):
-        look(client.connect(gpu, credential=fake_azure.Credential()), gpu)
+        look(workspace.connect(gpu, credential=fake_azure.Credential()), gpu)
 
 
 NO_TELEMETRY = """
@@ -415,12 +438,13 @@ IPython.get_ipython = Jupyter
 import requests
 from pathlib import Path
 from tests.engines import azure_trial, fake_azure
-from fl_helpers.cross_silo.azure_ml import client, federation
-found = federation.read_federation(sys.argv[1])
+from fl_helpers.cross_silo.azure_ml import workspace
+from fl_helpers.cross_silo.federation import read_federation
+found = read_federation(sys.argv[1])
 fake = fake_azure.FakeAzure(found, Path(sys.argv[1]).parent)
 real = requests.adapters.HTTPAdapter.send
 requests.adapters.HTTPAdapter.send = fake_azure.adapter(fake)
-client.connect(found, credential=fake_azure.Credential())
+workspace.connect(found, credential=fake_azure.Credential())
 assert not asked and threading.active_count() == 1, (asked, threading.enumerate())
 requests.adapters.HTTPAdapter.send = real
 from azure.ai import ml

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fl_helpers.cross_silo.azure_ml import federation
+from fl_helpers.cross_silo.federation import read_federation
 
 HERE = Path(__file__).parents[2] / "docs" / "azure"
 FILES = sorted(HERE.rglob("*.bicep"))
@@ -175,12 +175,13 @@ def test_its_outputs_are_a_silos_yaml(tmp_path):
     example = yaml.safe_load(
         (HERE.parents[1] / "fl_helpers/cross_silo/silos.yaml").read_text()
     )
+    del example["on_premises"]
     example["silos"] = yaml.safe_load("\n".join(lines))
     example["azure_ml"]["workspace"] = yaml.safe_load(space)
     (tmp_path / "silos.yaml").write_text(yaml.safe_dump(example))
-    found = federation.read_federation(tmp_path / "silos.yaml")
-    assert [silo.outbox for silo in found.silos] == [
+    found = read_federation(tmp_path / "silos.yaml", engine="azure_ml")
+    assert [silo.azure_ml.outbox for silo in found.silos] == [
         "updates_hospital_a",
         "updates_hospital_b",
     ]
-    assert found.workspace.name == "flchest-workspace"
+    assert found.azure_ml.workspace.name == "flchest-workspace"

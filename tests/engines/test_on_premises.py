@@ -1,26 +1,37 @@
 """A fleet of real processes: the simulation's bits, through faults and restarts."""
 
 import contextlib
+import inspect
 import json
+import re
 import shutil
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
+import torch
 from nvflare.app_common.job_launcher.client_process_launcher import (
     ClientProcessJobLauncher,
 )
+from nvflare.recipe import ProdEnv
 
 from fl_helpers import aggregation, robust
+from fl_helpers.cross_silo import hospital as example
 from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import gate, job, provision, runs
 from fl_helpers.cross_silo.on_premises.fleet import Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.on_premises.worker import RelaunchLauncher
 from fl_helpers.cross_silo.run import Run
+from fl_helpers.models import small_cnn
 from fl_helpers.scaffold import zero_variates
+from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import Stop, Terms, run_rounds, silo_rng
 from fl_helpers.training import ClientFunctions, norm_entries
 
@@ -28,6 +39,7 @@ from . import dishonest, hospital
 from .conftest import LIMITS, METRICS, wait_until
 
 pytestmark = pytest.mark.engines
+ROOT = Path(__file__).parents[2]
 GATE = f"{gate.__name__}.EgressGate"
 LIMIT = 90  # seconds that any run of these tests may take
 
@@ -163,7 +175,7 @@ def test_scaffold_with_a_killed_worker_equals_the_simulation(fleet, silos, param
     try:
         for event in fleet.run(run, timeout=LIMIT):
             if event["event"] == "round_end" and event["round"] == 0:
-                kill(fleet, "Hospital-B", "worker_process")
+                fleet.kill_worker("Hospital B")
     finally:
         agree(fleet, params)
     assert_same_bits(fleet.result(run), simulate(run, silos, settings).params)
@@ -322,7 +334,7 @@ def test_a_run_that_the_engine_gave_up_goes_on(fleet, silos, params):
     for event in fleet.run(run, timeout=LIMIT):
         events.append(event)
         if event["event"] == "round_end" and event["round"] == 0:
-            kill(fleet, "Hospital-B", "worker_process")
+            fleet.kill_worker("Hospital B")
     assert [e["event"] for e in events].count("restart") == 1
     assert "EXECUTION_EXCEPTION" in of(events, "restart")[0]["reason"]
     assert_same_bits(fleet.result(run), simulate(run, silos).params)
@@ -401,3 +413,35 @@ def check_neighbours(fleet):
     assert not (fleet.kits / "Hospital-B" / "greeted_by").exists()
     for path in (kit / "greet", kit / "answers", fleet.kits / "server" / "greeted_by"):
         path.unlink()
+
+
+def test_the_plain_job_of_notebook_10_is_one_that_nvflare_runs(tmp_path):
+    """Its two files, with one site and one round, in NVFlare's own simulator."""
+    path = ROOT / "notebooks" / "10_on_your_own_machines.ipynb"
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    script, recipe = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(40, 1, 64, 64, generator=rng), torch.arange(40) % 3
+    silo = Silo("Hospital A", Examples(x, y), Examples(x, y))
+    example.save_silo(silo, tmp_path / "data")
+    here = f"num_clients=1, workspace_root={str(tmp_path / 'all')!r}"
+    for old, new in {
+        "num_clients=4": here, "min_clients=4": "min_clients=1",
+        "num_rounds=12": "num_rounds=1",
+    }.items():  # fmt: skip
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    assert "/srv/fl/data" in script
+    script = script.replace("/srv/fl/data", str(tmp_path / "data"))
+    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "job.py").write_text(recipe)
+    command = [sys.executable, "job.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=3 * LIMIT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    final = next((tmp_path / "all").rglob("FL_global_model.pt"))
+    model = torch.load(final, weights_only=True)["model"]
+    assert model.keys() == small_cnn(3).state_dict().keys()
+    # Two epochs of 40 // 16 batches: four steps, which BatchNorm has counted.
+    assert model["body.1.num_batches_tracked"] == 4
+    assert "username" in inspect.signature(ProdEnv).parameters

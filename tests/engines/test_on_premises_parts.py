@@ -97,6 +97,27 @@ def test_a_hospitals_policy(kits):
     assert site.read_site(kits / "Hospital-A").silo == "Hospital A"
 
 
+def test_the_policy_on_one_page(kits, tmp_path):
+    kit = shutil.copytree(kits / "Hospital-A", tmp_path / "kit")
+    page = gate.explain_policy(kit)
+    assert page == {
+        "who may start a run": "project_admin",
+        "who may bring code": "nobody",
+        "which class may answer": path_of(executor.SiteExecutor),
+        "what every result passes": path_of(gate.EgressGate),
+        "what every message passes": path_of(SiteGuard),
+        "what may leave": "nothing, until the hospital agrees to a model",
+    }
+    params = {"w": torch.zeros(3, 2), "kept": torch.zeros(9)}
+    gate.allow(kit, params, keep_local=["kept"], metrics=["auroc"])
+    may = gate.explain_policy(kit)["what may leave"]
+    assert may.startswith("1 entries of one model, 24 bytes; num_examples; auroc, ")
+    rights = json.loads((kit / "local" / "authorization.json").read_text())
+    rights["permissions"]["lead"]["byoc"] = "any"  # it shows what is there
+    site.write_local(kit, "authorization.json", rights)
+    assert gate.explain_policy(kit)["who may bring code"] == "lead"
+
+
 def test_settings_of_an_older_kit_are_refused_with_what_to_do(kit):
     path = kit / "local" / "site.json"
     before = {k: v for k, v in json.loads(path.read_text()).items() if k != "version"}
@@ -611,6 +632,23 @@ def test_only_whole_events_are_read(tmp_path):
     assert runs.new_events(path, seen) == ([], 15)
     path.write_text('{"event": "a"}\n{"event": "b"}\n')
     assert runs.new_events(path, seen) == ([{"event": "b"}], 30)
+
+
+def test_spans_of_a_run_are_from_its_rounds_to_the_answers():
+    events = [
+        {"event": "start", "time": 10.0},
+        {"event": "round_start", "time": 11.0},
+        {"event": "update", "silo": "a", "time": 13.0},
+        {"event": "round_end", "time": 14.0},
+        {"event": "round_start", "time": 15.0},
+        {"event": "refused", "silo": "a", "time": 15.5},
+        {"event": "missing", "silo": "b", "time": 17.0},
+    ]
+    assert [*runs.spans(events)] == [
+        ("a", 1.0, 3.0, "update"),
+        ("a", 5.0, 5.5, "refused"),
+        ("b", 5.0, 7.0, "missing"),
+    ]
 
 
 def test_a_quorum_that_cannot_be_reached(tmp_path):

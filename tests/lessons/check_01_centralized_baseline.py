@@ -9,3 +9,10 @@ def small(results):
 def committed(results):
     """What a reader sees on the forge's page, at default parameters."""
     assert results["local"] + 5 < results["centralized"]
+    assert results["gain_without_largest"] > 4  # one hospital alone does not carry it
+    assert results["worst_hospital"] == "Hospital D"
+    rows, columns = (
+        results[name].values() for name in ("by_trained_at", "by_tested_at")
+    )
+    assert max(rows) - min(rows) > 3 * (max(columns) - min(columns))  # the prediction
+    assert abs(results["local"] - results["elsewhere"]) < 5  # travel costs little here

@@ -10,3 +10,7 @@ def small(results):
 def committed(results):
     """What a reader sees on the forge's page, at default parameters."""
     assert results["largest_difference_to_pooled"] < 1e-7
+    assert results["label_skew_here"] < 0.1 < results["label_skew_knob_1"]
+    brightness = results["brightness_of"]  # the text: B is darkest, C brightest
+    assert min(brightness, key=brightness.get) == "Hospital B"
+    assert max(brightness, key=brightness.get) == "Hospital C"

@@ -10,3 +10,4 @@ def small(results):
 def committed(results):
     """What a reader sees on the forge's page, at default parameters."""
     assert results["same_bits"] and results["balanced_accuracy"] > 65
+    assert results["worst"] > 60 and results["jobs"] == 21 and results["refused"] == 1

@@ -1,419 +1,342 @@
-"""The rounds of a run as a graph of Azure ML jobs: scatter to the silos, gather, again.
+"""The rounds of a run as a graph of jobs: scatter to the silos, gather, again.
 
-Built with `azure-ai-ml`, without a workspace or network. Every job is pinned to the
-compute of one party, every output to a folder of one datastore (`federation.place`).
-Check the plan before it is sent: `plan.check_plan`.
+Every job is pinned to the compute of one party, every input and output to a folder of
+one datastore (`plan.place`). No SDK, workspace or network is needed; `sdk.to_job` makes
+of a plan what Azure ML takes, `run_locally.run` plays it here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import re
-import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from azure.ai.ml import Input, Output, command, dsl
-from azure.ai.ml.entities import (
-    Environment,
-    JobResourceConfiguration,
-    PipelineJob,
+from fl_helpers.cross_silo.azure_ml import start
+from fl_helpers.cross_silo.azure_ml.plan import (
+    Flow,
+    Job,
+    Part,
+    Plan,
+    PlanRefused,
+    Violation,
+    place,
 )
-from safetensors.torch import save_file
-from torch import Tensor
+from fl_helpers.cross_silo.azure_ml.snapshot import environments, write_snapshots
+from fl_helpers.cross_silo.federation import Federation, Party
+from fl_helpers.cross_silo.run import Run, to_plain
 
-from fl_helpers.aggregation import make_aggregate
-from fl_helpers.cross_silo.azure_ml.federation import Federation, Party, place
-from fl_helpers.robust import ROBUST_RULES
-
-logging.getLogger("azure.ai.ml").setLevel("ERROR")  # notes on experimental classes
-
-JOBS = Path(__file__).resolve().parent / "jobs"
-PACKAGE = JOBS.parents[2]
-IMAGE = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:20260715.v1"
-SCRIPTS = {
-    "silo": ("prepare", "train", "evaluate"),
-    "orchestrator": ("initial", "aggregate", "collect"),
-}
+SCORES_BYTES = 1024  # of an update that has only numbers
+WHOLE = Part()
 
 
 def build_pipeline(
-    federation: Federation,
-    params: Mapping[str, Tensor],
-    folder: str | Path,
-    *,
-    run: str,
-    rounds: int,
-    seed: int,
-    settings: Mapping[str, float | str] | None = None,
-    client: str | None = None,
-    prepare: str = "",
-    aggregate: str = "weighted_average",
-    options: Mapping[str, float] | None = None,
-    trainable: Collection[str] = (),
-    keep_local: Collection[str] = (),
-    evaluate: bool = True,
-    final: bool = True,
-    max_norm: float | None = None,
-    warm_start: tuple[str, int] | None = None,
-    kept: Mapping[str, tuple[str, int]] | None = None,
-) -> PipelineJob:
-    """Build the jobs of a run. Build anew for each use: submitting changes them.
+    run: Run, federation: Federation, folder: str | Path, *, part: Part = WHOLE
+) -> Plan:
+    """Make the plan of a run, and the code that its jobs run.
 
-    params: initial model state, not modified. folder: gets the code snapshots, `code/`;
-    keep it until the job is submitted. run: its name, a new one for each graph: jobs
-    write where nothing is yet. rounds, seed, keep_local: as in `simulation.run_rounds`.
-    client, settings: see `client.load_client`; None takes the federation's. prepare: a
-    function in the same form, called once in each silo as function(data, target,
-    settings); it writes into the folder target what the client then gets as data.
-    aggregate: "weighted_average", a server or robust rule; its options; the trainable
-    names.
-    evaluate: the silos test the model before they train and, if `final`, the last one;
-    not final is a graph that others follow. max_norm: as in `exchange.Limits`.
-
-    warm_start: (run, rounds done) to go on from, of the same federation and model; then
-    params give names and shapes only, and the graph plays the rounds that are left. If
-    none are, it only tests the model. kept: {silo's name: (run, rounds done)} of silos
-    that kept their entries elsewhere, as they missed the last rounds. The job's outputs
-    are `final_model`, `report` (metrics of the last round) and `scores`.
-    Raises ValueError for what cannot be run.
+    run: its `limits.metrics` leave a silo where `silos.yaml` allows them, too; its
+    quorum and stop need a graph per round, `rounds.play_rounds`. folder: gets the code
+    snapshots, `code/`; keep it until the plan is submitted. part: a part of the run, as
+    a graph of its own. The graph's outputs are `final_model`, `report` (metrics of the
+    last round) and `scores`. Raises ValueError for what cannot be run.
     """
-    first, keep_local = warm_start[1] if warm_start else 0, sorted(set(keep_local))
-    client = client or federation.client
-    _check_rounds(run, first, rounds, final and evaluate)
-    _check_names(federation, params, keep_local, client=client, prepare=prepare)
-    rule = make_aggregate(aggregate, params, trainable, options, more=ROBUST_RULES)
-    content = {
-        "silos": {silo.key: silo.name for silo in federation.silos},
-        "entries": _layout(params),
-        "keep_local": keep_local,
-        "client": client,
-        "prepare": prepare,
-        "settings": dict(settings or {}),
-        "evaluate": evaluate,
-        "aggregate": aggregate,
-        "options": dict(options or {}),
-        "trainable": sorted(trainable),
-        "max_norm": max_norm,
+    _check_run(run, federation, part)
+    code, codes = write_snapshots(run, federation, folder)
+    jobs, outputs = _graph(run, federation, part, codes)
+    digest = _digest(run, federation, codes)
+    return Plan(run, federation, part, jobs, outputs, code, codes, digest)
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that is not the one of its run and federation, or whose code is not
+    what it says. Raises PlanRefused."""
+    _check_run(plan.run, plan.federation, plan.part)
+    jobs, outputs = _graph(plan.run, plan.federation, plan.part, plan.codes)
+    legal, found = ({job.name: job for job in some} for some in (jobs, plan.jobs))
+    wrong = [
+        Violation(name, "the job", str(found.get(name)), str(legal.get(name)))
+        for name in sorted(legal.keys() | found.keys())
+        if legal.get(name) != found.get(name)
+    ]
+    if dict(outputs) != dict(plan.outputs) or len(found) != len(plan.jobs):
+        wrong += [Violation("the plan", "it", "not complete", str(outputs))]
+    if plan.digest != _digest(plan.run, plan.federation, plan.codes):
+        wrong += [Violation("the plan", "its digest", plan.digest, "another")]
+    for key, digest in plan.codes.items():
+        try:
+            start.verify(plan.code[key], digest, exactly=True)
+        except (OSError, ValueError) as error:
+            wrong += [Violation("the code", key, str(error), digest)]
+    if wrong:
+        raise PlanRefused(wrong)
+
+
+def _digest(run: Run, federation: Federation, codes: Mapping[str, str]) -> str:
+    """SHA-256 of the whole run: who, where, what runs in what, every flow."""
+    jobs, outputs = _graph(run, federation, WHOLE, codes)
+    own = asdict(federation.azure_ml)
+    for key in ("client", "prepare"):  # not where the file lies on this machine
+        own[key] = own[key].rpartition("/")[2]
+    agreed = {
+        "run": to_plain(run),
+        "federation": [federation.project, own],
+        "environments": environments(federation),
+        "codes": dict(codes),
+        "jobs": [asdict(job) for job in jobs],
+        "outputs": {name: asdict(flow) for name, flow in outputs.items()},
     }
-    sent = {name: value for name, value in params.items() if name not in keep_local}
-    graph = _Graph(
-        federation,
-        run,
-        code=write_snapshots(folder, content, None if warm_start else params),
-        seed=seed,
-        metrics=",".join(sorted(federation.metrics)) or ",",
-        # The entries, and a header: what `exchange` takes.
-        max_bytes=1024 + sum(v.nbytes + 256 + 6 * len(k) for k, v in sent.items()),
-        keep=bool(keep_local),
-        remember=hasattr(rule, "state_dict"),
-        prepare=bool(prepare),
-        kept=kept or {},
-    )
-    return graph.build(first, rounds, warm_start, final and evaluate)
+    text = json.dumps(agreed, sort_keys=True, default=sorted)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_snapshots(
-    folder: str | Path,
-    content: Mapping[str, Any],
-    initial: Mapping[str, Tensor] | None,
-) -> dict[str, Path]:
-    """Write what is uploaded: `code/silo` and `code/orchestrator` in folder.
-
-    Each holds the scripts of its jobs, the files of `fl_helpers`, `run.json`, and an
-    `.amlignore` that lets nothing else pass. The silos' also has the files of `client`
-    and `prepare`, the orchestrator's the initial model. Returns {script: its folder}.
-    """
-    code, content = Path(folder).resolve() / "code", dict(content)
-    own = set[Path]()
-    for key in ("client", "prepare"):
-        path, _, name = content[key].rpartition(":")
-        if path.endswith(".py"):
-            own.add(Path(path).resolve())
-            content[key] = f"{Path(path).name}:{name}"
-    for part, scripts in SCRIPTS.items():
-        shutil.rmtree(code / part, ignore_errors=True)
-        (code / part / "fl_helpers").mkdir(parents=True)
-        for name in ("common.py", ".amlignore", *(f"{s}.py" for s in scripts)):
-            shutil.copyfile(JOBS / name, code / part / name)
-        for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("cross_silo/*.py")]:
-            target = code / part / "fl_helpers" / path.relative_to(PACKAGE)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-        text = json.dumps(content, indent=1) + "\n"
-        (code / part / "run.json").write_text(text, encoding="utf-8")
-    for path in own:
-        if (code / "silo" / path.name).exists():
-            raise ValueError(f"{path.name} is the name of another file; rename it")
-        shutil.copyfile(path, code / "silo" / path.name)
-    if initial is not None:
-        whole = {name: value.contiguous() for name, value in initial.items()}
-        save_file(whole, code / "orchestrator" / "initial.safetensors")
-    return {name: code / part for part, names in SCRIPTS.items() for name in names}
+def _graph(
+    run: Run, federation: Federation, part: Part, codes: Mapping[str, str]
+) -> tuple[tuple[Job, ...], dict[str, Flow]]:
+    graph = _Graph(run, federation, part, codes)
+    outputs = graph.build()
+    return tuple(graph.jobs), outputs
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Graph:
-    """What the jobs of a graph have in common, and a method for each kind of job.
+    """Collects jobs, by a method for each kind.
 
     A state is what a round starts from: {"model", "memory", "kept_<key of a silo>"},
-    each a folder or the output of a job.
+    each a flow.
     """
 
+    run: Run
     federation: Federation
-    run: str
-    code: Mapping[str, Path]
-    seed: int
-    metrics: str
-    max_bytes: int
-    keep: bool
-    remember: bool
-    prepare: bool
-    kept: Mapping[str, tuple[str, int]]
-    components: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)  # {key of a silo: its folder}
+    part: Part
+    codes: Mapping[str, str]
+    jobs: list[Job] = field(default_factory=list)
 
-    def build(
-        self, first: int, rounds: int, warm_start: tuple[str, int] | None, final: bool
-    ) -> PipelineJob:
-        name, main = self.federation.project, self.federation.orchestrator
-        about = {"name": f"fl_{name}", "display_name": self.run}
+    def __post_init__(self) -> None:
+        run, some = self.run, self.part.silos
+        self.name = self.part.name or run.name
+        self.main = self.federation.azure_ml.orchestrator
+        silos = (self.federation.only(some) if some else self.federation).silos
+        self.silos = [silo.azure_ml for silo in silos]
+        self.keep = bool(run.keep_local)
+        self.remember = hasattr(run.make_rule(run.shared), "state_dict")
+        # The entries, and a header: what `exchange` takes.
+        size = sum(v.nbytes + 256 + 6 * len(k) for k, v in run.shared.items())
+        self.max_bytes = run.limits.max_bytes or 1024 + size
+        names = run.limits.metrics & self.federation.azure_ml.metrics
+        self.metrics = ",".join(sorted(names)) or ","
 
-        @dsl.pipeline(experiment_name=name, **about)
-        def scatter_gather() -> dict[str, Any]:
-            state = self.left_by(*warm_start) if warm_start else self.initial()
-            for silo in self.federation.silos:
-                self.data[silo.key] = self.data_of(silo)
-            for index in range(first, rounds):
-                state = self.round(index, state)
-            scores = {"scores": self.test(rounds, state)} if final else {}
-            last = {"final_model": state["model"], "report": state.get("report")}
-            return scores | (last if rounds > first else {})
+    def build(self) -> dict[str, Flow]:
+        """All jobs; returns the outputs of the graph."""
+        part, rounds = self.part, _rounds(self.run, self.part)
+        first = part.start[1] if part.start else 0
+        state = self.left_by(*part.start) if part.start else self.initial()
+        data = {silo.key: self.data_of(silo) for silo in self.silos}
+        for index in range(first, rounds):
+            state = self.round(index, state, data)
+        outputs = {}
+        if self.run.evaluate and part.final:
+            outputs["scores"] = self.test(rounds, state, data)
+        if rounds > first:
+            outputs |= {"final_model": state["model"], "report": state["report"]}
+        return outputs
 
-        job = scatter_gather()
-        paths = {"final_model": place("models", self.run, rounds)}
-        paths["report"] = place("reports", self.run, rounds - 1)
-        paths["scores"] = place("reports", self.run, "scores")
-        for output in job.outputs:  # for `jobs.download`
-            job.outputs[output] = _output(main, paths[output])
-        job.settings.force_rerun = True  # a round is never another one's result
-        return job
-
-    def left_by(self, run: str, done: int) -> dict[str, Any]:
-        """The state that an earlier run left."""
-        main = self.federation.orchestrator
-        state = {"model": _input(main, place("models", run, done))}
+    def left_by(self, name: str, done: int) -> dict[str, Flow]:
+        """The state that an earlier graph left."""
+        main = self.main
+        state = {"model": _read(main, place("models", name, done))}
         if self.remember:
-            state["memory"] = _input(main, place("memory", run, done))
-        for silo in self.federation.silos if self.keep else ():
-            before, rounds = self.kept.get(silo.name, (run, done))
+            state["memory"] = _read(main, place("memory", name, done))
+        for silo in self.silos if self.keep else ():
+            before, rounds = self.part.kept.get(silo.name, (name, done))
             state[f"kept_{silo.key}"] = (
-                _input(silo, place("kept", before, rounds))
+                _read(silo, place("kept", before, rounds))
                 if rounds
-                else _input(main, place("models", before, "kept"))
+                else _read(main, place("models", before, "kept"))
             )
         return state
 
-    def initial(self) -> dict[str, Any]:
+    def initial(self) -> dict[str, Flow]:
         """A job publishes the initial model."""
-        writes = {"next_model": place("models", self.run, 0)}
+        writes = {"next_model": place("models", self.name, 0)}
         if self.remember:
-            writes["next_memory"] = place("memory", self.run, 0)
+            writes["next_memory"] = place("memory", self.name, 0)
         if self.keep:
-            writes["kept"] = place("models", self.run, "kept")
-        made = self.at_orchestrator("initial", "initial", {}, writes)
+            writes["kept"] = place("models", self.name, "kept")
+        made = self.at_orchestrator("initial", "initial", {}, {}, writes)
         state = {"model": made["next_model"]}
         if self.remember:
             state["memory"] = made["next_memory"]
-        for silo in self.federation.silos if self.keep else ():
+        for silo in self.silos if self.keep else ():
             state[f"kept_{silo.key}"] = made["kept"]
         return state
 
-    def data_of(self, silo: Party) -> Any:
+    def data_of(self, silo: Party) -> Flow:
         """A silo's data, as they are or as a job prepares them."""
-        data = _input(silo, silo.data)
-        if not self.prepare:
+        asset = silo.data.startswith("azureml:")
+        data = Flow("data", "" if asset else silo.datastore, silo.data, "ro_mount")
+        if not self.federation.azure_ml.prepare:
             return data
-        outputs = {
-            "prepared": _output(silo, place("prepared", self.run, "data")),
-            "private": _private(silo, self.run, "prepare"),
-        }
-        inputs = {"silo": silo.key, "data": data}
-        name = f"prepare_{silo.key}"
-        return self.job("prepare", name, silo, inputs, outputs)["prepared"]
+        writes = {"prepared": self.own(silo, "prepared", "data")}
+        writes["private"] = self.private(silo, "prepare")
+        name, literals = f"prepare_{silo.key}", {"silo": silo.key}
+        made = self.job("prepare", name, silo, literals, {"data": data}, writes)
+        return made["prepared"]
 
-    def round(self, index: int, state: dict[str, Any]) -> dict[str, Any]:
+    def round(
+        self, index: int, state: dict[str, Flow], data: Mapping[str, Flow]
+    ) -> dict[str, Flow]:
         """Train in every silo, aggregate; returns the state after it."""
         updates, new = {}, {}
-        for silo in self.federation.silos:
-            outputs = {"model_update": self.released(silo, index)}
-            outputs["private"] = _private(silo, self.run, f"train_{index:04d}")
+        for silo in self.silos:
+            writes = {"model_update": self.released(silo, index)}
+            writes["private"] = self.private(silo, f"train_{index:04d}")
             if self.keep:
-                kept = place("kept", self.run, index + 1)
-                outputs["next_kept"] = _output(silo, kept)
-            inputs = self.inputs_of(silo, state, index, self.max_bytes)
-            inputs["seed"] = self.seed
+                writes["next_kept"] = self.own(silo, "kept", index + 1)
+            literals = {"silo": silo.key, **self.limits(index, self.max_bytes)}
+            literals["seed"] = self.run.seed
+            reads = self.reads_of(silo, state, data)
             name = f"train_{index:04d}_{silo.key}"
-            made = self.job("train", name, silo, inputs, outputs)
+            made = self.job("train", name, silo, literals, reads, writes)
             updates[f"update_{silo.key}"] = made["model_update"]
             new |= {f"kept_{silo.key}": made["next_kept"]} if self.keep else {}
-        inputs = {"round": index, "metrics": self.metrics, "max_bytes": self.max_bytes}
-        inputs |= {k: state[k] for k in ("model", "memory") if k in state} | updates
-        writes = {"next_model": place("models", self.run, index + 1)}
+        reads = {k: state[k] for k in ("model", "memory") if k in state} | updates
+        writes = {"next_model": place("models", self.name, index + 1)}
         if self.remember:
-            writes["next_memory"] = place("memory", self.run, index + 1)
-        writes["report"] = place("reports", self.run, index)
+            writes["next_memory"] = place("memory", self.name, index + 1)
+        writes["report"] = place("reports", self.name, index)
+        literals = self.limits(index, self.max_bytes)
         name = f"aggregate_{index:04d}"
-        made = self.at_orchestrator("aggregate", name, inputs, writes)
+        made = self.at_orchestrator("aggregate", name, literals, reads, writes)
         new |= {"memory": made["next_memory"]} if self.remember else {}
         return new | {"model": made["next_model"], "report": made["report"]}
 
-    def test(self, rounds: int, state: dict[str, Any]) -> Any:
+    def test(
+        self, rounds: int, state: dict[str, Flow], data: Mapping[str, Flow]
+    ) -> Flow:
         """Test the final model in every silo, collect the scores; returns these."""
-        updates, max_bytes = {}, 1024  # there are only numbers
-        for silo in self.federation.silos:
-            outputs = {"scores": self.released(silo, "scores")}
-            outputs["private"] = _private(silo, self.run, "evaluate")
-            inputs = self.inputs_of(silo, state, rounds, max_bytes)
-            made = self.job("evaluate", f"evaluate_{silo.key}", silo, inputs, outputs)
+        updates, limits = {}, self.limits(rounds, SCORES_BYTES)
+        for silo in self.silos:
+            writes = {"scores": self.released(silo, "scores")}
+            writes["private"] = self.private(silo, "evaluate")
+            reads, literals = self.reads_of(silo, state, data), {"silo": silo.key}
+            name = f"evaluate_{silo.key}"
+            made = self.job("evaluate", name, silo, literals | limits, reads, writes)
             updates[f"update_{silo.key}"] = made["scores"]
-        inputs = {"round": rounds, "metrics": self.metrics, "max_bytes": max_bytes}
-        writes = {"report": place("reports", self.run, "scores")}
-        made = self.at_orchestrator("collect", "collect", inputs | updates, writes)
+        writes = {"report": place("reports", self.name, "scores")}
+        made = self.at_orchestrator("collect", "collect", limits, updates, writes)
         return made["report"]
 
-    def inputs_of(
-        self, silo: Party, state: dict[str, Any], index: int, max_bytes: int
-    ) -> dict[str, Any]:
-        """What a job at a silo is told, and what it reads."""
-        inputs = {"silo": silo.key, "round": index, "metrics": self.metrics}
-        inputs |= {"max_bytes": max_bytes, "data": self.data[silo.key]}
-        inputs["model"] = state["model"]
-        return inputs | ({"kept": state[f"kept_{silo.key}"]} if self.keep else {})
+    def limits(self, index: int, max_bytes: int) -> dict[str, int | str]:
+        """What a job is told of what may leave a silo."""
+        return {"round": index, "metrics": self.metrics, "max_bytes": max_bytes}
 
-    def released(self, silo: Party, step: int | str) -> Output:
+    def reads_of(
+        self, silo: Party, state: dict[str, Flow], data: Mapping[str, Flow]
+    ) -> dict[str, Flow]:
+        """What a job at a silo reads."""
+        reads = {"data": data[silo.key], "model": state["model"]}
+        return reads | ({"kept": state[f"kept_{silo.key}"]} if self.keep else {})
+
+    def released(self, silo: Party, step: int | str) -> Flow:
         """The place of what leaves a silo."""
-        path = place("updates", self.run, step, silo.key)
-        return _output(silo, path, datastore=silo.outbox)
+        path = place("updates", self.name, step, silo.key)
+        return Flow("", silo.outbox, path, "upload")
+
+    def own(self, silo: Party, kind: str, step: int | str) -> Flow:
+        return Flow("", silo.datastore, place(kind, self.name, step), "upload")
+
+    def private(self, silo: Party, step: str) -> Flow:
+        """Ledger and log, mounted: so that they are there if the job fails, too."""
+        return replace(self.own(silo, "private", step), mode="rw_mount")
 
     def at_orchestrator(
-        self, kind: str, name: str, inputs: dict[str, Any], writes: dict[str, str]
-    ) -> Any:
-        main = self.federation.orchestrator
-        outputs = {output: _output(main, path) for output, path in writes.items()}
-        return self.job(kind, name, main, inputs, outputs)
+        self,
+        kind: str,
+        name: str,
+        literals: dict[str, int | str],
+        reads: dict[str, Flow],
+        writes: dict[str, str],
+    ) -> dict[str, Flow]:
+        store = self.main.datastore
+        flows = {k: Flow("", store, path, "upload") for k, path in writes.items()}
+        return self.job(kind, name, self.main, literals, reads, flows)
 
     def job(
         self,
         kind: str,
         name: str,
         party: Party,
-        inputs: dict[str, Any],
-        outputs: dict[str, Output],
-    ) -> Any:
-        """One job; returns its outputs, for the inputs of others."""
-        if kind not in self.components:
-            self.components[kind] = _component(
-                kind, self.code[kind], inputs, outputs, self.federation.environment
-            )
-        node = self.components[kind](**inputs)
-        node.name, node.compute = name, party.compute
-        for output, where in outputs.items():
-            node.outputs[output] = where
-        if party.instance_type:
-            # Not set_resources: all jobs of a kind would share them.
-            node.resources = JobResourceConfiguration(instance_type=party.instance_type)
-        return node.outputs
+        literals: dict[str, int | str],
+        reads: dict[str, Flow],
+        writes: dict[str, Flow],
+    ) -> dict[str, Flow]:
+        """Add a job; returns its outputs as the inputs of others."""
+        job = Job(
+            name,
+            kind,
+            party,
+            command="",
+            literals=literals,
+            reads=tuple(replace(flow, name=key) for key, flow in reads.items()),
+            writes=tuple(replace(flow, name=key) for key, flow in writes.items()),
+        )
+        self.jobs.append(replace(job, command=_command(job, self.codes[job.code])))
+        return {
+            key: replace(flow, mode="ro_mount", producer=name, output=key)
+            for key, flow in writes.items()
+        }
 
 
-def _input(party: Party, path: str) -> Input:
-    uri = f"azureml://datastores/{party.datastore}/paths/{path}"
-    return Input(type="uri_folder", mode="ro_mount", path=uri)
-
-
-def _output(
-    party: Party, path: str, *, datastore: str = "", mode: str = "upload"
-) -> Output:
-    uri = f"azureml://datastores/{datastore or party.datastore}/paths/{path}"
-    return Output(type="uri_folder", mode=mode, path=uri)
-
-
-def _private(silo: Party, run: str, step: str) -> Output:
-    """Ledger and log, mounted: so that they are there if the job fails, too."""
-    return _output(silo, place("private", run, step), mode="rw_mount")
-
-
-def _component(
-    kind: str,
-    code: Path,
-    inputs: Mapping[str, Any],
-    outputs: Mapping[str, Any],
-    environment: str,
-) -> Any:
-    """The kind of job that takes such inputs; `updates` end its command line."""
-    types = {int: "integer", str: "string"}
-    ports = {
-        name: Input(type=types[type(value)])
-        if type(value) in types
-        else Input(type="uri_folder", mode="ro_mount")
-        for name, value in inputs.items()
-    }
-    plain = [name for name in inputs if not name.startswith("update_")]
-    line = ["python", f"{kind}.py"]
+def _command(job: Job, code: str) -> str:
+    """The one command line of a kind of job; `updates` end it. Words have nothing that
+    a shell would interpret, and each slot stands behind its own name."""
+    line = ["python -B start.py", code, f"{job.kind}.py"]
+    names = [*job.literals, *(flow.name for flow in job.reads)]
+    plain = [name for name in names if not name.startswith("update_")]
     line += [f"--{name} ${{{{inputs.{name}}}}}" for name in plain]
-    line += [f"--{name} ${{{{outputs.{name}}}}}" for name in outputs]
-    if updates := [name for name in inputs if name not in plain]:
+    line += [f"--{flow.name} ${{{{outputs.{flow.name}}}}}" for flow in job.writes]
+    if updates := [name for name in names if name not in plain]:
         keys = [name.removeprefix("update_") for name in updates]
         line += ["--updates", *(f"{k}=${{{{inputs.update_{k}}}}}" for k in keys)]
-    pinned = Environment(image=IMAGE, conda_file=str(JOBS / "conda.yaml"))
-    return command(
-        name=f"fl_{kind}",
-        display_name=kind,
-        code=str(code),
-        command=" ".join(line),
-        environment=environment or pinned,
-        inputs=ports,
-        outputs={name: Output(type="uri_folder") for name in outputs},
-        is_deterministic=False,
-    ).component
+    return " ".join(line)
 
 
-def _layout(params: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """{name: [shape, dtype]} in the model's order."""
-    return {
-        name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
-        for name, value in params.items()
-    }
+def _read(party: Party, path: str) -> Flow:
+    return Flow("", party.datastore, path, "ro_mount")
 
 
-def _check_rounds(run: str, first: int, rounds: int, final: bool) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", run):
-        raise ValueError(f"run must be letters, digits, _ and -, got {run!r}")
-    if rounds < 1 or not 0 <= first <= rounds or (first == rounds and not final):
+def _rounds(run: Run, part: Part) -> int:
+    return run.rounds if part.rounds is None else part.rounds
+
+
+def _check_run(run: Run, federation: Federation, part: Part) -> None:
+    own = federation.azure_ml
+    count = len((federation.only(part.silos) if part.silos else federation).silos)
+    if count < 2:
+        raise ValueError(f"a run needs 2 silos, got {count}")
+    first, rounds = part.start[1] if part.start else 0, _rounds(run, part)
+    tests = part.final and run.evaluate
+    if not 0 <= first <= rounds <= run.rounds or (first == rounds and not tests):
         raise ValueError(
-            f"rounds must be >= 1 and >= {first}, as many are done; more than these, "
-            f"unless the model is tested; got {rounds}"
+            f"rounds must be {first}, as many are done, to {run.rounds}; more than "
+            f"these, unless the model is tested; got {rounds}"
         )
-
-
-def _check_names(
-    federation: Federation,
-    params: Mapping[str, Tensor],
-    keep_local: Collection[str],
-    **functions: str,
-) -> None:
-    unknown = sorted(set(keep_local) - params.keys())
-    if unknown or len(keep_local) == len(params):
+    if part.rounds is None and (run.stop or (run.quorum or count) < count):
         raise ValueError(
-            f"keep_local must name entries of params, not all; unknown: {unknown[:3]}"
+            "one graph of all rounds has no quorum and no stop; rounds.play_rounds has"
         )
-    if len(federation.silos) < 2:
-        raise ValueError(f"a run needs 2 silos, got {len(federation.silos)}")
-    for name, entry in functions.items():
-        if entry and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", entry):
-            raise ValueError(
-                f"{name} must be module:function or file.py:function, got {entry!r}"
-            )
+    needed = {"model_update", *(("scores",) if run.evaluate else ())}
+    if missing := sorted(needed - own.released):
+        raise ValueError(
+            f"{missing} may not leave a silo; a run needs them in `released` of "
+            "silos.yaml"
+        )
+    metrics = run.limits.metrics & own.metrics
+    if run.evaluate and not any(name.startswith("test_") for name in metrics):
+        raise ValueError(
+            "the silos test, but no number test_... may leave: limits.metrics of the "
+            f"run are {sorted(run.limits.metrics)}, silos.yaml allows "
+            f"{sorted(own.metrics)}; name some in both, or set evaluate=False"
+        )

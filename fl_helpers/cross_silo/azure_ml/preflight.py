@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fl_helpers.cross_silo.azure_ml.federation import Federation, Party
 from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, explain
 from fl_helpers.cross_silo.azure_ml.workspace import sign_in
+from fl_helpers.cross_silo.federation import Federation, Party
 
 ARM, PROVIDER = "https://management.azure.com", "Microsoft.MachineLearningServices"
 NEEDED = [  # what somebody must be allowed to do in the workspace to send a run
@@ -43,7 +43,7 @@ def preflight(
 ) -> list[Finding]:
     """Look at permissions, computes, quotas, identities, datastores, environment.
 
-    client, credential: as of `client.connect`. Raises AzureProblem with all that is
+    client, credential: as of `workspace.connect`. Raises AzureProblem with all that is
     wrong at once.
     """
     parties = federation.parties
@@ -53,10 +53,7 @@ def preflight(
     findings += [_compute(party, *found) for party, found in computes.items()]
     findings += [*_identities(clusters), *_quotas(client, list(clusters.values()))]
     findings += _datastores(client, federation)
-    if federation.environment:
-        name, version = federation.environment.removeprefix("azureml:").split(":")
-        _, problem = _ask(lambda: client.environments.get(name, version))
-        findings.append(Finding("all", "environment", name, version, problem))
+    findings += [*_assets(client, federation)]
     wrong = [
         f"{f.party}: {f.what} {f.name!r}: {f.problem}" for f in findings if f.problem
     ]
@@ -77,7 +74,7 @@ def _ask(call: Callable[[], Any]) -> tuple[Any, str]:
 
 def _permissions(federation: Federation, credential: Any) -> Finding:
     """Whether you may send a run, as far as the resource manager tells."""
-    space = federation.workspace
+    space = federation.azure_ml.workspace
     found, problem = _ask(lambda: _read_permissions(space, credential))
     missing = [action for action in NEEDED if not _may(action, found or ())]
     if missing and not problem:
@@ -193,7 +190,8 @@ def _datastores(client: Any, federation: Federation) -> Iterator[Finding]:
     """There, without a key in it, and no two parties in one container."""
     owners: dict[tuple[str, ...], str] = {}
     names = {party.datastore: party for party in federation.parties}
-    names |= {silo.outbox: federation.orchestrator for silo in federation.silos}
+    main = federation.azure_ml.orchestrator
+    names |= {party.outbox: main for party in federation.parties if party.outbox}
     for name, party in names.items():
         store, problem = _ask(lambda name=name: client.datastores.get(name))
         seen = ""
@@ -208,3 +206,21 @@ def _datastores(client: Any, federation: Federation) -> Iterator[Finding]:
                 problem = "it holds a key, which all jobs of the workspace can use; "
                 problem += "register it without credentials"
         yield Finding(party.name, "datastore", name, seen, problem)
+
+
+def _assets(client: Any, federation: Federation) -> Iterator[Finding]:
+    """The environment is there; a silo's data asset is in its own datastore."""
+    named = federation.azure_ml.environment
+    if named.startswith("azureml:") and "/" not in named:
+        name, version = named.removeprefix("azureml:").split(":")
+        _, problem = _ask(lambda: client.environments.get(name, version))
+        yield Finding("all", "environment", name, version, problem)
+    for party in federation.parties:
+        if not party.data.startswith("azureml:"):
+            continue
+        name, version = party.data.removeprefix("azureml:").split(":")
+        asset, problem = _ask(lambda n=name, v=version: client.data.get(n, v))
+        path = str(asset.path) if asset else ""
+        if asset and f"/datastores/{party.datastore}/paths/" not in path:
+            problem = f"it is {path}, not in its own datastore {party.datastore!r}"
+        yield Finding(party.name, "data asset", name, path, problem)

@@ -53,12 +53,15 @@ REMEDIES = [  # (in the text of an error, what it means, what to do)
 class AzureProblem(RuntimeError):
     """Something in Azure is missing, refused or failed; the message says what to do.
 
-    jobs: those of a run that failed, by name.
+    jobs: those of a run that failed, by name. passes: another try may work, as the
+    connection or the service is away.
     """
 
-    def __init__(self, message: str, jobs: Iterable[str] = ()) -> None:
+    def __init__(
+        self, message: str, jobs: Iterable[str] = (), *, passes: bool = False
+    ) -> None:
         super().__init__(message)
-        self.jobs = tuple(jobs)
+        self.jobs, self.passes = tuple(jobs), passes
 
 
 @contextmanager
@@ -73,7 +76,16 @@ def in_plain_words(what: str) -> Iterator[None]:
     try:
         yield
     except (AzureError, MlException) as error:
-        raise AzureProblem(f"{what}: {explain(error)}") from error
+        problem = AzureProblem(f"{what}: {explain(error)}", passes=_passes(error))
+        raise problem from error
+
+
+def _passes(error: Exception) -> bool:
+    from azure.core.exceptions import ServiceRequestError, ServiceResponseError
+
+    status = getattr(error, "status_code", None) or 0
+    away = isinstance(error, ServiceRequestError | ServiceResponseError)
+    return away or status >= 500 or status in (408, 429)
 
 
 def explain(error: Exception) -> str:

@@ -1,159 +1,166 @@
 """A run round by round: a graph for each round, and a decision after it.
 
-One graph for all rounds (`pipeline.build_pipeline(rounds=R)`) is one submission, and
-the service does the rest; but it fails as a whole and cannot stop early. Here a run
-goes on without a silo that fails (with a quorum), stops when scores no longer get
-better, and is resumed where it was interrupted. The price is a submission per round.
+One graph for all rounds is one submission, and the service does the rest; but it fails
+as a whole and cannot stop early. Here a run goes on without a silo that fails (with a
+quorum), stops when scores no longer get better, and is resumed where it was
+interrupted. The price is a submission per round.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fl_helpers.cross_silo.azure_ml.federation import Federation, Party
 from fl_helpers.cross_silo.azure_ml.pipeline import build_pipeline
+from fl_helpers.cross_silo.azure_ml.plan import Part, Plan
+from fl_helpers.cross_silo.federation import Federation
+from fl_helpers.cross_silo.run import Run, to_plain
+from fl_helpers.simulation import NoQuorum
 
 Metrics = list[dict[str, Any]]
-
-
-class NoQuorum(RuntimeError):
-    """Fewer silos than agreed: the round does not count."""
+MAY_CHANGE = ("rounds", "quorum", "deadline", "stop")  # of a run that is resumed
 
 
 def play_rounds(
+    run: Run,
     federation: Federation,
-    params: Mapping[str, Tensor],
     folder: str | Path,
-    play: Callable[[Any, Federation], Metrics],
+    play: Callable[[Plan], Metrics],
     *,
-    run: str,
-    rounds: int,
-    seed: int,
-    quorum: int | None = None,
-    stop: Mapping[str, Any] | None = None,
     show: Callable[[str], None] = print,
-    **how: Any,
 ) -> dict[str, Any]:
     """Play a run round by round and test its last model; go on if it was interrupted.
 
-    play(job, federation) runs a graph, here or on Azure ML, and returns its metrics, as
-    in `run_locally.Result`. If jobs fail it raises an error that has their names in
-    `jobs`; then the round is played anew without these jobs' silos. quorum: how many
-    must be left; None is all. folder: gets `state.json` and the code snapshots. stop:
-    {"metric": name, "patience": rounds}, "higher_is_better": False for a loss; stop
-    when the mean over silos no longer gets better. how, params: as in `build_pipeline`;
-    `prepare` is called in each round.
+    run: with its quorum and stop. folder: gets `state.json` and the code snapshots.
+    play: runs a graph, here or on Azure ML, and returns its metrics, as in
+    `run_locally.Result`; if jobs fail it raises an error that has their names in
+    `jobs`: then the round is played anew without these jobs' silos. show: gets a line
+    after each round.
 
-    Returns the state: run and rounds_done (where the model is, as for `warm_start`),
+    Returns the state: name and rounds_done (where the model is, as for `Part.start`),
     metrics, and missing, {round: silos}. Raises NoQuorum, ValueError if folder has the
     state of another run, and what play raises if the orchestrator's job fails.
     """
-    path, names = Path(folder) / "state.json", [s.name for s in federation.silos]
-    about = {"run": run, "seed": seed, "silos": names, "how": repr(sorted(how.items()))}
-    state = _resume(path, about)
-
-    def play_with(some: Federation, final: bool) -> Metrics:
-        state["tries"], done = state["tries"] + 1, state["rounds_done"]
-        # Each try has a name of its own: it writes where nothing is yet.
-        state["last_try"] = f"{run}-{state['tries']:04d}"
-        _save(path, state)
-        job = build_pipeline(
-            *(some, params, folder),
-            run=state["last_try"],
-            rounds=done + (not final),
-            seed=seed,
-            final=final,
-            warm_start=(state["run"], done) if state["run"] else None,
-            kept={silo: tuple(place) for silo, place in state["kept"].items()},
-            **how,
-        )
-        return play(job, some)
-
-    while state["rounds_done"] < rounds and not state["stopped"]:
-        done = state["rounds_done"]
-        there = _with_quorum(play_with, federation, quorum, state, final=False)
-        start = {silo: (state["last_try"], 0) for silo in names}  # who misses round 0
-        last = {silo.name: (state["last_try"], done + 1) for silo in there}
-        state["kept"] = {**start, **state["kept"], **last}
-        state["run"], state["rounds_done"] = state["last_try"], done + 1
-        state["stopped"] = bool(stop) and should_stop(state["metrics"], stop)
-        _save(path, state)
-        show(f"round {done} done, with {', '.join(last)}")
-    if how.get("evaluate", True) and not state["tested"]:
-        _with_quorum(play_with, federation, quorum, state, final=True)
+    driver = _Driver(run, federation, Path(folder), play)
+    state = driver.state
+    while state["rounds_done"] < run.rounds and not state["stopped"]:
+        there = driver.round()
+        done = state["rounds_done"] - 1
+        show(f"round {done} done, with {', '.join(sorted(there))}")
+    if run.evaluate and not state["tested"]:
+        driver.play_with_quorum(final=True)
         state["tested"] = True
-        _save(path, state)
+        driver.save()
     return state
 
 
-def should_stop(metrics: Metrics, stop: Mapping[str, Any]) -> bool:
-    """Whether none of the last `patience` scores is better than all before; a score is
-    the mean over silos."""
-    scores: dict[int, list[float]] = {}
-    for line in metrics:
-        if line["metric"] == stop["metric"]:
-            scores.setdefault(line["round"], []).append(line["value"])
-    means = [sum(values) / len(values) for _, values in sorted(scores.items())]
-    best = max if stop.get("higher_is_better", True) else min
-    before = means[: -stop["patience"]]
-    return bool(before) and best(means) == best(before)
+class _Driver:
+    """The state of a run, in a file, and how it moves on."""
 
+    def __init__(
+        self,
+        run: Run,
+        federation: Federation,
+        folder: Path,
+        play: Callable[[Plan], Metrics],
+    ) -> None:
+        self.run, self.federation, self.folder, self.play = (
+            run,
+            federation,
+            folder,
+            play,
+        )
+        self.names = [silo.name for silo in federation.silos]
+        self.path = folder / "state.json"
+        about = {k: v for k, v in to_plain(run).items() if k not in MAY_CHANGE}
+        about |= {"federation": asdict(federation.azure_ml), "silos": self.names}
+        about = json.loads(json.dumps(about, default=sorted))
+        self.state: dict[str, Any] = {"name": "", "last_try": "", "rounds_done": 0}
+        self.state |= {"tries": 0, "stopped": False, "tested": False, "metrics": []}
+        self.state |= {"missing": {}, "kept": {}, "about": about}
+        if self.path.exists():
+            self.state = json.loads(self.path.read_text(encoding="utf-8"))
+        differ = [key for key in about if self.state["about"].get(key) != about[key]]
+        if differ:
+            raise ValueError(
+                f"{self.path} is of another run: {differ} differ; use a new folder"
+            )
 
-def _with_quorum(
-    play_with: Callable[[Federation, bool], Metrics],
-    federation: Federation,
-    quorum: int | None,
-    state: dict[str, Any],
-    *,
-    final: bool,
-) -> tuple[Party, ...]:
-    """Play until it works, each time without the silos that failed; who took part."""
-    done, needed = state["rounds_done"], quorum or len(federation.silos)
-    some, missing = federation, list[str]()
-    while len(some.silos) >= max(2, needed):
-        try:
-            state["metrics"] += play_with(some, final)
-            state["missing"] |= {str(done): missing} if missing else {}
-            return some.silos
-        except RuntimeError as error:
-            jobs = set(getattr(error, "jobs", ()))
-            kinds = ("prepare", f"train_{done:04d}", "evaluate")
-            lost = [
-                s.name for s in some.silos if {f"{k}_{s.key}" for k in kinds} & jobs
-            ]
-            if not lost:
-                raise
-            missing += lost
-            some = some.only([s.name for s in some.silos if s.name not in lost])
-    raise NoQuorum(
-        f"round {done}: {len(some.silos)} silos are left, the quorum is {needed}; "
-        f"failed: {missing}; start again when they are there, it goes on from here"
-    )
+    def round(self) -> frozenset[str]:
+        """Play one round; returns the silos that took part."""
+        state, done = self.state, self.state["rounds_done"]
+        there = self.play_with_quorum(final=False)
+        name = state["last_try"]
+        start = {silo: (name, 0) for silo in self.names}  # who misses round 0
+        last = {silo: (name, done + 1) for silo in there}
+        state["kept"] = {**start, **state["kept"], **last}
+        state["name"], state["rounds_done"] = name, done + 1
+        state["stopped"] = bool(self.run.stop) and self.run.stop.reached(self.scores())
+        self.save()
+        return there
 
+    def scores(self) -> list[float]:
+        """The mean over silos, one per tested model."""
+        found: dict[int, list[float]] = {}
+        for line in self.state["metrics"]:
+            if line["metric"] == f"test_{self.run.stop.metric}":
+                found.setdefault(line["round"], []).append(line["value"])
+        return [sum(values) / len(values) for _, values in sorted(found.items())]
 
-def _resume(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that is there, or that of a new run."""
-    state: dict[str, Any] = {"run": "", "last_try": "", "rounds_done": 0, "tries": 0}
-    state |= {"stopped": False, "tested": False, "metrics": [], "missing": {}}
-    state |= {"kept": {}, "about": dict(about)}
-    if path.exists():
-        state = json.loads(path.read_text(encoding="utf-8"))
-    differ = [key for key in about if state["about"].get(key) != about[key]]
-    if differ:
-        raise ValueError(f"{path} is of another run: {differ} differ; use a new folder")
-    return state
+    def play_with_quorum(self, *, final: bool) -> frozenset[str]:
+        """Play until it works, each time without the silos that failed."""
+        done, needed = self.state["rounds_done"], self.run.quorum or len(self.names)
+        there, missing = frozenset(self.names), list[str]()
+        while len(there) >= max(2, needed):
+            try:
+                self.state["metrics"] += self.play_with(there, final)
+                self.state["missing"] |= {str(done): missing} if missing else {}
+                return there
+            except RuntimeError as error:
+                lost = sorted(there & self.silos_of(getattr(error, "jobs", ())))
+                if not lost:
+                    raise
+                missing += lost
+                there -= set(lost)
+        raise NoQuorum(
+            f"round {done}: {len(there)} silos are left, the quorum is {needed}; "
+            f"failed: {missing}; start again when they are there, it goes on from here"
+        )
 
+    def play_with(self, there: frozenset[str], final: bool) -> Metrics:
+        state, done = self.state, self.state["rounds_done"]
+        state["tries"] += 1
+        # Each try has a name of its own: it writes where nothing is yet.
+        state["last_try"] = f"{self.run.name}-{state['tries']:04d}"
+        self.save()
+        part = Part(
+            name=state["last_try"],
+            start=(state["name"], done) if state["name"] else None,
+            rounds=done + (not final),
+            silos=there,
+            kept={silo: tuple(place) for silo, place in state["kept"].items()},
+            final=final,
+        )
+        plan = build_pipeline(self.run, self.federation, self.folder, part=part)
+        return self.play(plan)
 
-def _save(path: Path, state: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".tmp").open("w", encoding="utf-8") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    def silos_of(self, jobs: Iterable[str]) -> set[str]:
+        """Whose jobs these are; the orchestrator's are nobody's."""
+        kinds = ("prepare", f"train_{self.state['rounds_done']:04d}", "evaluate")
+        return {
+            silo.name
+            for silo in self.federation.silos
+            if {f"{kind}_{silo.azure_ml.key}" for kind in kinds} & set(jobs)
+        }
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".tmp").open("w", encoding="utf-8") as file:
+            json.dump(self.state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.path.with_suffix(".tmp"), self.path)

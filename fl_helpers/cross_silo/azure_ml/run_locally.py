@@ -2,8 +2,8 @@
 
 The same scripts run, from the same code snapshots and with the same arguments as on
 Azure ML. What differs: the environment is this Python, and there are no identities;
-what a job may reach is decided by `check_plan` and held by `fl_helpers.cross_silo.sandbox`. There
-is no shell that could interpret a value.
+what a job may reach is said by the plan and held by `cross_silo.sandbox`. There is no
+shell that could interpret a value.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,16 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from fl_helpers.cross_silo import sandbox
-from fl_helpers.cross_silo.azure_ml.federation import Federation
-from fl_helpers.cross_silo.azure_ml.plan import (
-    SLOT,
-    Flow,
-    Job,
-    Plan,
-    check_plan,
-    digest,
-)
+from fl_helpers.cross_silo.azure_ml.pipeline import check_plan
+from fl_helpers.cross_silo.azure_ml.plan import Flow, Job, Plan
 from fl_helpers.exchange import read_ledger
+
+SLOT = re.compile(r"\$\{\{(inputs|outputs)\.(\w+)\}\}")
 
 
 class RunError(RuntimeError):
@@ -69,7 +65,6 @@ class Result:
 
 def run(
     plan: Plan,
-    federation: Federation,
     folder: str | Path,
     *,
     data: Mapping[str, str | Path] | None = None,
@@ -89,9 +84,9 @@ def run(
     has changed. Raises PlanRefused, or RunError at the first job that fails; the others
     are stopped.
     """
-    check_plan(plan, federation)
+    check_plan(plan)
     kind = sandbox_kind or sandbox.available_sandbox()
-    runner = _Runner(plan, federation, Path(folder).resolve(), data or {}, kind)
+    runner = _Runner(plan, Path(folder).resolve(), data or {}, kind)
     runner.play(workers or os.cpu_count() or 1, timeout, show)
     return runner.result()
 
@@ -99,7 +94,6 @@ def run(
 @dataclass
 class _Runner:
     plan: Plan
-    federation: Federation
     folder: Path
     data: Mapping[str, str | Path]
     kind: str
@@ -108,17 +102,16 @@ class _Runner:
         self.jobs = {job.name: job for job in self.plan.jobs}
         self.marks: dict[str, str] = {}  # fingerprints of jobs that are done
         self.seconds: dict[str, float] = {}
-        self.code = {code: digest(code) for code in {j.code for j in self.plan.jobs}}
         for name in ("logs", "done", "work"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
     def local(self, flow: Flow) -> Path:
         """The folder here that stands for one in a datastore."""
-        for silo in self.federation.silos:
-            own = (flow.store, flow.path) == (silo.datastore, silo.data)
+        for silo in self.plan.silos:
+            own = flow.path == silo.data and flow.store in (silo.datastore, "")
             if own and silo.name in self.data:
                 return Path(self.data[silo.name]).resolve()
-        return self.folder / "stores" / flow.store / flow.path
+        return self.folder / "stores" / (flow.store or "assets") / flow.path
 
     def play(self, workers: int, timeout: float, show: Callable[[str], None]) -> None:
         needed = {
@@ -159,7 +152,7 @@ class _Runner:
     def mark(self, job: Job) -> str:
         """Fingerprint of all that a job's result depends on."""
         before = [self.local(flow) for flow in job.reads if not flow.producer]
-        parts = [job.command, job.literals, self.code[job.code], _contents(before)]
+        parts = [job.command, job.literals, _contents(before)]  # its code's digest, too
         parts += [[vars(flow) for flow in (*job.reads, *job.writes)]]
         parts += [[self.marks[flow.producer] for flow in job.reads if flow.producer]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -181,12 +174,13 @@ class _Runner:
         for path in [work, *writes.values()]:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
-        python, script, *words = job.command.split()
+        code = self.plan.code[job.code]
+        _python, _flag, start, *words = job.command.split()
         values = {"inputs": job.literals | reads, "outputs": writes}
         words = [SLOT.sub(lambda m: str(values[m[1]][m[2]]), word) for word in words]
         command = sandbox.sandboxed(
-            [sys.executable, "-EsB", f"{job.code}/{script}", *words],
-            read=[job.code, *reads.values()],
+            [sys.executable, "-EsB", f"{code}/{start}", *words],
+            read=[code, *reads.values()],
             write=[work, *writes.values()],
             kind=self.kind,
             network=False,
@@ -225,14 +219,13 @@ class _Runner:
 
     def result(self) -> Result:
         found: dict[str, list[Path]] = {}
-        ledgers: dict[str, list[Path]] = {s.name: [] for s in self.federation.silos}
-        owner = {silo.compute: silo.name for silo in self.federation.silos}
+        ledgers: dict[str, list[Path]] = {silo.name: [] for silo in self.plan.silos}
         for job in self.plan.jobs:
             for flow in job.writes:
                 found.setdefault(flow.name, []).append(self.local(flow))
                 if flow.name == "private":
                     path = self.local(flow) / "ledger.jsonl"
-                    ledgers[owner[job.compute]].append(path)
+                    ledgers[job.party.name].append(path)
         models = found.get("next_model", [])
         lines = [
             json.loads(line)

@@ -1,33 +1,39 @@
 """The Azure ML workspace: connect, send a run, wait for it, download the model.
 
-Nothing is sent that `plan.check_plan` refuses, and telemetry is always off. What is in
-the workspace is looked at by `preflight`. `azure-ai-ml` is imported when it is needed.
+Nothing is sent but the plan, exactly (`wire.Gate`), and telemetry is always off. What
+is in the workspace is looked at by `preflight`. The SDK is imported when it is needed.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import requests
 from torch import Tensor
 from tqdm import tqdm
 
 from fl_helpers import exchange
-from fl_helpers.cross_silo.azure_ml.federation import Federation
-from fl_helpers.cross_silo.azure_ml.plan import check_plan, read_plan
+from fl_helpers.cross_silo.azure_ml.pipeline import check_plan
+from fl_helpers.cross_silo.azure_ml.plan import Plan, PlanRefused, Violation
 from fl_helpers.cross_silo.azure_ml.problems import AzureProblem, in_plain_words
+from fl_helpers.cross_silo.federation import Federation
 
 LAST = ("Completed", "Failed", "Canceled")
+BREAK = 900  # seconds that the connection may be away while a run is waited for
 Metrics = list[dict[str, Any]]
 
 
 def is_configured(federation: Federation) -> bool:
     """Whether `silos.yaml` names a subscription, not the zeros of the example."""
-    return not set(federation.workspace.subscription_id) <= {"0", "-"}
+    subscription = federation.azure_ml.workspace.subscription_id
+    return not set(subscription) <= {"0", "-"}
 
 
 @functools.cache
@@ -45,31 +51,55 @@ def connect(federation: Federation, *, credential: Any = None) -> Any:
     not signed in, or the workspace is not there or not for you.
     """
     from azure.ai.ml import MLClient
+    from azure.core.pipeline.transport import RequestsTransport
+
+    from fl_helpers.cross_silo.azure_ml import wire
 
     if not is_configured(federation):
         raise AzureProblem(
             "silos.yaml names no subscription yet; fill in azure_ml.workspace: "
             "docs/azure-ml.md has the way from an empty subscription"
         )
-    space = federation.workspace
-    place = space.subscription_id, space.resource_group, space.name
-    client = MLClient(credential or sign_in(), *place, enable_telemetry=False)
+    gate, session = wire.Gate(federation), requests.Session()
+    session.mount("https://", gate)
+    space = federation.azure_ml.workspace
+    client = MLClient(
+        credential or sign_in(),
+        *(space.subscription_id, space.resource_group, space.name),
+        enable_telemetry=False,
+        transport=RequestsTransport(session=session, session_owner=False),
+    )
+    _gates[client] = gate
     with in_plain_words(f"workspace {space.name!r}"):
         client.workspaces.get(space.name)
     return client
 
 
-def submit(client: Any, job: Any, federation: Federation) -> Any:
-    """Check the plan of a job, then send it; returns what Azure ML made of it.
+_gates: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of the clients made here
 
-    job: of `pipeline.build_pipeline`. Sending changes it: build it anew for any other
-    use. The run's name becomes the job's, so that a second one with it is refused. The
-    result has `name` and `studio_url`. Raises PlanRefused before anything is sent, or
-    AzureProblem.
+
+def submit(client: Any, plan: Plan, *, approved: str) -> Any:
+    """Send a plan that was approved; returns what Azure ML made of it.
+
+    client: of `connect`. approved: the digest that was signed, `Plan.digest`; another
+    plan, or code that has changed since, is refused. The plan's name becomes the job's,
+    so that a second one with it is refused. The result has `name` and `studio_url`.
+    Raises PlanRefused before the run is created, or AzureProblem.
     """
-    check_plan(read_plan(job._to_dict()), federation)
-    job.name = job.name or job.display_name
-    with in_plain_words(f"run {job.name!r}"):
+    from fl_helpers.cross_silo.azure_ml import sdk, wire
+
+    gate = _gates.get(client)
+    if gate is None:
+        raise TypeError("the client must be one of workspace.connect")
+    if approved != plan.digest:
+        signed = Violation("the plan", "its digest", plan.digest, str(approved))
+        raise PlanRefused([signed])
+    check_plan(plan)
+    job = sdk.to_job(plan)
+    wire.check_job(job, plan)
+    # Else the SDK takes an earlier component's address from a file, and sends none.
+    os.environ["AZURE_ML_DISABLE_ON_DISK_CACHE"] = "True"
+    with in_plain_words(f"run {plan.name!r}"), gate.open_for(plan):
         return client.jobs.create_or_update(job)
 
 
@@ -83,14 +113,15 @@ def wait(
 ) -> None:
     """Wait until a run is completed, with a bar over its jobs.
 
-    poll, timeout: seconds. An interrupt ends the waiting, not the run. Raises
+    poll, timeout: seconds. An interrupt ends the waiting, not the run, and so does a
+    connection that is away for a quarter of an hour. Raises
     AzureProblem if the run fails, with the names of the jobs that did, or if it is not
     over in time.
     """
     end = time.monotonic() + timeout
     with tqdm(desc=name, unit="job", disable=not show_progress) as bar:
         while True:
-            job, status, jobs = _look_at(client, name)
+            job, status, jobs = _look_again(client, name, poll)
             running = [key for key, state in jobs.items() if state == "Running"]
             bar.total, bar.n = len(job.jobs), list(jobs.values()).count("Completed")
             bar.set_postfix_str(", ".join(running[:4]) or status)
@@ -112,25 +143,39 @@ def wait(
         )
 
 
+def _look_again(client: Any, name: str, poll: float) -> tuple[Any, str, dict[str, str]]:
+    """As `_look_at`, through a break of the connection, which the run does not mind."""
+    since = time.monotonic()
+    while True:
+        try:
+            return _look_at(client, name)
+        except AzureProblem as problem:
+            if not problem.passes or time.monotonic() - since > BREAK:
+                raise
+            time.sleep(poll)
+
+
 def _look_at(client: Any, name: str) -> tuple[Any, str, dict[str, str]]:
     """A run, its status, and {job: status}; a job is listed once it is queued."""
     with in_plain_words(f"run {name!r}"):
         job = client.jobs.get(name)
-        found = client.jobs.list(parent_job_name=name)
+        # Without a number the service lists 50, and the SDK asks for no more of them.
+        found = client.jobs.list(parent_job_name=name, max_results=len(job.jobs) + 1)
         jobs = {child.display_name: str(child.status) for child in found}
     return job, str(getattr(job.status, "value", job.status)), jobs
 
 
 def player(
-    client: Any, folder: str | Path, **how: Any
-) -> Callable[[Any, Any], Metrics]:
+    client: Any, folder: str | Path, *, approved: str, **how: Any
+) -> Callable[[Plan], Metrics]:
     """What `rounds.play_rounds` needs to run its graphs on Azure ML: send, wait, read.
 
-    folder: where reports go. how: as in `wait`.
+    folder: where reports go. approved: as in `submit`, the same for all graphs of a
+    run. how: as in `wait`.
     """
 
-    def play(job: Any, federation: Federation) -> Metrics:
-        sent = submit(client, job, federation)
+    def play(plan: Plan) -> Metrics:
+        sent = submit(client, plan, approved=approved)
         wait(client, sent.name, **how)
         return download_metrics(client, sent.name, Path(folder) / sent.name)
 

@@ -83,6 +83,36 @@ def read_policy(kit: str | Path) -> Policy:
     return Policy(expected, limits, policy.get("secure", False))
 
 
+def explain_policy(kit: str | Path) -> dict[str, str]:
+    """A hospital's policy on one page: question and answer, read from its kit."""
+    local = Path(kit) / "local"
+
+    def read(name: str) -> Any:
+        return json.loads((local / name).read_text())
+
+    rights, resources = (
+        read("authorization.json")["permissions"],
+        read("resources.json"),
+    )
+    scope = read("privacy.json")["scopes"][0]
+    components = {part["id"]: part["path"] for part in resources["components"]}
+    leaves = "nothing, until the hospital agrees to a model"
+    if (local / "egress.json").exists():
+        entries, limits = read_policy(kit)
+        size = sum(value.nbytes for value in entries.values())
+        leaves = f"{len(entries)} entries of one model, {size:,} bytes; num_examples; "
+        leaves += ", ".join(sorted(limits.metrics))
+    lists = {
+        "who may start a run": [k for k, v in rights.items() if v.get("submit_job")],
+        "who may bring code": [k for k, v in rights.items() if v.get("byoc") == "any"],
+        "which class may answer": resources["class_allow_list"],
+        "what every result passes": [f["path"] for f in scope["task_result_filters"]],
+        "what every message passes": [components["site_guard"]],
+    }
+    page = {question: ", ".join(found) or "nobody" for question, found in lists.items()}
+    return page | {"what may leave": leaves}
+
+
 class Unreleased:
     """An update inside a hospital. The engine cannot serialise an object with slots:
     without the gate nothing leaves, instead of everything.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ def play(
 def result(run: Run, server_kit: Path) -> Params:
     """The final global model of a run that is done, without silos' own entries."""
     return exchange.read_model(server_kit / "runs" / run.name / "final", run.shared)
+
+
+def spans(events: Iterable[dict[str, Any]]) -> Iterator[tuple[str, float, float, str]]:
+    """From the start of each round to what came of it: (silo, start, end, event).
+
+    start, end: seconds since the first event; event: "update", "refused" or "missing".
+    """
+    zero = begun = 0.0
+    for event in events:
+        zero = zero or event["time"]
+        now = event["time"] - zero
+        if event["event"] == "round_start":
+            begun = now
+        if event["event"] in ("update", "refused", "missing"):
+            yield event["silo"], begun, now, event["event"]
 
 
 class _GivenUp(Exception):

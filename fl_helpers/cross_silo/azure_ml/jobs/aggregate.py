@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import common
 
 from fl_helpers import exchange
+from fl_helpers.simulation import Metrics
 
 
 def main() -> None:
     """Check and reduce the updates in the order of the silos' names."""
-    args = common.arguments(
-        "model memory? next_model next_memory? report",
-        "round= metrics max_bytes=",
-        updates=True,
-    )
-    run, found = common.read_run(), dict[str, Any]()
+    parser = common.gather_parser()
+    for name in ("model", "next_model"):
+        parser.add_argument(f"--{name}", type=common.folder, required=True)
+    for name in ("memory", "next_memory"):
+        parser.add_argument(f"--{name}", type=common.folder)
+    args, run, found = parser.parse_args(), common.read_run(), dict[str, Metrics]()
     ledger = exchange.Ledger(args.report / "ledger.jsonl")
-    model = exchange.read_model(args.model, run.expected(), round_index=args.round)
+    model = exchange.read_model(args.model, run.shared, round_index=args.round)
     model = run.in_order(model)
-    rule = run.rule(model)
+    rule = run.make_rule(model)
     if args.memory:
         common.load_memory(args.memory, rule)
     new = rule(common.receive(args, run, model, found))

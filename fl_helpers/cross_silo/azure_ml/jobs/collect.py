@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import common
+
+from fl_helpers.simulation import Metrics
 
 
 def main() -> None:
     """Check the silos' scores and report them."""
-    args = common.arguments("report", "round= metrics max_bytes=", updates=True)
-    found = dict[str, Any]()
+    args, found = common.gather_parser().parse_args(), dict[str, Metrics]()
     for _ in common.receive(args, common.read_run(), {}, found):
         pass
     common.report(args.report, args.round, found)

@@ -7,31 +7,31 @@ from argparse import Namespace
 import common
 
 from fl_helpers import exchange
-from fl_helpers.training import Update
+from fl_helpers.cross_silo import turn
 
 
-def evaluate(args: Namespace, run: common.Run) -> None:
+def evaluate(args: Namespace) -> None:
     """Metrics of the final model, as an update without parameters."""
-    ledger = exchange.Ledger(args.private / "ledger.jsonl")
-    client = run.load_client(args.data, args.silo)
-    metrics = common.test(client, run.read_state(args, ledger))
+    run, ledger = common.read_run(), exchange.Ledger(args.private / "ledger.jsonl")
+    params = common.receive_model(args, run, ledger)
+    client = common.load_client(args, run)
     exchange.write_update(
         args.scores,
-        Update(client.silo.name, {}, len(client.silo.train[0]), metrics),
+        turn.test(run, client, params, round_index=args.round),
         round_index=args.round,
         expected={},
-        limits=common.limits(args),
+        limits=common.limits(args, run),
         ledger=ledger,
     )
 
 
 def main() -> None:
     """Test, with all that is printed kept in the silo."""
-    args = common.arguments(
-        "data model kept? scores private", "silo round= metrics max_bytes="
-    )
+    parser = common.silo_parser()
+    parser.add_argument("--scores", type=common.folder, required=True)
+    args = parser.parse_args()
     what = f"{args.silo}, after {args.round} rounds"
-    common.run_privately(args.private, what, lambda: evaluate(args, common.read_run()))
+    common.run_privately(args.private, what, lambda: evaluate(args))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Also what silos that keep entries start from, and the empty memory of a server r
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+
 import common
 from safetensors.torch import load_file
 
@@ -13,15 +15,19 @@ from fl_helpers import exchange
 
 def main() -> None:
     """Write the model of this snapshot as one that has done 0 rounds."""
-    args, run = common.arguments("next_model kept? next_memory?"), common.read_run()
-    params = run.in_order(load_file(common.HERE / common.INITIAL))
-    shared = {name: params[name] for name in run.expected()}
+    parser = ArgumentParser()
+    parser.add_argument("--next_model", type=common.folder, required=True)
+    for name in ("kept", "next_memory"):
+        parser.add_argument(f"--{name}", type=common.folder)
+    args, run = parser.parse_args(), common.read_run()
+    params = load_file(common.HERE / common.INITIAL)
+    shared = {name: params[name] for name in run.shared}
     exchange.write_model(args.next_model, shared, round_index=0)
     if args.kept:
-        own = {name: params[name] for name in run.keep_local}
+        own = {name: params[name] for name in sorted(run.keep_local)}
         exchange.write_model(args.kept, own, round_index=0, silo=common.KEPT)
     if args.next_memory:
-        common.save_memory(args.next_memory, run.rule(shared))
+        common.save_memory(args.next_memory, run.make_rule(shared))
 
 
 if __name__ == "__main__":

@@ -7,45 +7,47 @@ Reads the silo's own data and the orchestrator's model. All that leaves goes thr
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 
 import common
 
 from fl_helpers import exchange
-from fl_helpers.simulation import silo_rng
+from fl_helpers.cross_silo import turn
 
 
-def train(args: Namespace, run: common.Run) -> None:
-    """One silo's part of one round, as `simulation.run_rounds` has it."""
-    ledger = exchange.Ledger(args.private / "ledger.jsonl")
-    params = run.read_state(args, ledger)
-    client = run.load_client(args.data, args.silo)
-    metrics = common.test(client, params) if run.evaluate else {}
-    rng = silo_rng(args.seed, client.silo.name, args.round)
-    update = client.update(params, client.silo, round_index=args.round, rng=rng)
-    sent = {k: v for k, v in update.params.items() if k not in run.keep_local}
-    if run.keep_local:
-        own = {name: update.params[name] for name in run.keep_local}
-        done = args.round + 1
-        exchange.write_model(args.next_kept, own, round_index=done, silo=common.KEPT)
+def train(args: Namespace) -> None:
+    """One silo's turn of one round; of several processes, only the first one writes."""
+    run, ledger = common.read_run(), None
+    if common.is_first():
+        ledger = exchange.Ledger(args.private / "ledger.jsonl")
+    params = common.receive_model(args, run, ledger)
+    client = common.load_client(args, run)
+    update, own = turn.train(run, client, params, round_index=args.round)
+    if not common.is_first():
+        return
+    if own:
+        done, target = args.round + 1, args.next_kept
+        exchange.write_model(target, own, round_index=done, silo=common.KEPT)
     exchange.write_update(
         args.model_update,
-        replace(update, params=sent, metrics={**update.metrics, **metrics}),
+        update,
         round_index=args.round,
-        expected={k: v for k, v in params.items() if k not in run.keep_local},
-        limits=common.limits(args, run.max_norm),
+        expected={name: params[name] for name in run.shared},
+        limits=common.limits(args, run),
         ledger=ledger,
     )
 
 
 def main() -> None:
     """Train, with all that is printed kept in the silo."""
-    args = common.arguments(
-        "data model kept? model_update private next_kept?",
-        "silo round= seed= metrics max_bytes=",
+    parser = common.silo_parser()
+    parser.add_argument(
+        "--seed", type=int, required=True, help="of the run; it is said"
     )
+    parser.add_argument("--model_update", type=common.folder, required=True)
+    parser.add_argument("--next_kept", type=common.folder)
+    args = parser.parse_args()
     what = f"{args.silo}, round {args.round}"
-    common.run_privately(args.private, what, lambda: train(args, common.read_run()))
+    common.run_privately(args.private, what, lambda: train(args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,448 @@
+"""What goes out to Azure is the plan, exactly: compared before it leaves.
+
+The legal bodies are rendered here from the plan, and what the SDK made is compared with
+them, key by key; what is not known is refused. `check_job` does so without a network;
+`Gate` at the last step before a socket, for every request that could create something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import requests
+import yaml
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPResponse
+
+from fl_helpers.cross_silo.azure_ml.pipeline import check_plan
+from fl_helpers.cross_silo.azure_ml.plan import (
+    Flow,
+    Job,
+    Plan,
+    PlanRefused,
+    Violation,
+)
+from fl_helpers.cross_silo.azure_ml.sdk import TYPES, properties
+from fl_helpers.cross_silo.azure_ml.snapshot import environments
+from fl_helpers.cross_silo.federation import Federation
+
+MODES = {"ro_mount": "ReadOnlyMount", "rw_mount": "ReadWriteMount", "upload": "Upload"}
+FREE = [  # where a value may differ, and what it may be: nothing more leaves by it
+    (r"limits\.timeout", r"P(\d|1\d|2[01])D|P(0D)?T\d{1,3}H|PT\d{1,5}M|PT\d{1,7}S"),
+    (r"resources\.shm_size", r"[1-9]\d{0,4}[bkmgBKMG]"),
+    (r"resources\.instance_count", "1"),
+]
+EMPTY = (None, {}, [], "")  # as good as a key that is not there
+CREATES = re.compile(r"/(jobs|components|codes|schedules|batchEndpoints)/[^/]+(/|$)")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_job(job: Any, plan: Plan) -> None:
+    """Refuse a job of the SDK's that is not the plan, as `sdk.to_job` makes it.
+
+    Looks at what would be sent, without a network. Raises PlanRefused.
+    """
+    check_plan(plan)
+    try:
+        found = job._to_rest_object().properties
+        specs = {name: _spec_of(node) for name, node in found["jobs"].items()}
+    except Exception as error:  # whatever the SDK finds wrong with it
+        why = Violation("the run", "it", f"not to be sent ({error})", "what it is")
+        raise PlanRefused([why]) from error
+    wrong, nodes, kinds = [], {}, {j.name: j.kind for j in plan.jobs}
+    for name, node in found["jobs"].items():
+        nodes[name] = dict(node)
+        if name in kinds and specs[name] is not None:
+            spec = _offline(specs[name], plan)
+            wrong += _differ(spec, _spec(plan, kinds[name]), name)
+            nodes[name]["componentId"] = _component(plan, kinds[name])
+        if name in kinds:
+            compute = str(node.get("computeId")).removeprefix("azureml:")
+            nodes[name]["computeId"] = _below(compute, plan.federation, "computes")
+    graph = {key: found[key] for key in found} | {"jobs": nodes}
+    wrong += _check_graph(_plain(graph), str(job.name or plan.name), plan)
+    if wrong:
+        raise PlanRefused(dict.fromkeys(wrong))
+
+
+class Gate(HTTPAdapter):
+    """Lets out what belongs to a plan, while it is sent; else nothing that could run.
+
+    federation: whose workspace it is. It is the last step of the SDK's own requests;
+    answers are those of Azure, but for one: of code that was uploaded before, only what
+    went through here is used again.
+    """
+
+    def __init__(self, federation: Federation) -> None:
+        super().__init__()
+        self.federation = federation
+        self.plan: Plan | None = None
+        self.known: dict[str, str] = {}  # what is at an address, by its lower case
+        self.uploads: dict[str, str] = {}  # where the code of an address is sent to
+        self.codes: dict[str, Any] = {}  # answers, by the SDK's hash of the code
+
+    @contextmanager
+    def open_for(self, plan: Plan) -> Iterator[None]:
+        """While a plan is sent."""
+        self.plan = plan
+        try:
+            yield
+        finally:
+            self.plan = None
+
+    def send(
+        self, request: requests.PreparedRequest, *args: Any, **more: Any
+    ) -> requests.Response:
+        """Check a request, send it, remember what Azure made of it."""
+        url = urlsplit(request.url)
+        path, query = unquote(url.path), url.query.lower()
+        if request.method == "GET" and path.endswith("/versions") and "hash=" in query:
+            return self._answer(request, query)
+        self.check(request.method, path, request.body)
+        answer = super().send(request, *args, **more)
+        if request.method not in ("GET", "HEAD") and answer.ok and self.plan:
+            self.note(path, request.body, answer.json())
+        return answer
+
+    def check(self, method: str, path: str, body: Any) -> None:
+        """Raise PlanRefused for a request that does not belong to the plan."""
+        if method in ("GET", "HEAD"):
+            return
+        if self.plan is None:
+            if method != "POST" and CREATES.search(path):
+                self._refuse(
+                    [Violation(method, path, "sent", "workspace.submit sends")]
+                )
+            return
+        below = _below(path, self.federation)
+        try:
+            content = json.loads(body or b"null")
+        except ValueError:
+            content = None
+        wrong = [Violation(method, path, "sent without a body", "with one")]
+        if type(content) is dict and type(content.get("properties", {})) is dict:
+            wrong = list(self._check(method, below, path, content, self.plan))
+        if wrong:
+            self._refuse(wrong)
+
+    def _check(
+        self, method: str, below: str, path: str, body: Any, plan: Plan
+    ) -> Iterator[Violation]:
+        kind, *rest = below.split("/")
+        step = method, kind, len(rest)
+        if step == ("POST", "codes", 4) and rest[3] == "startPendingUpload":
+            upload = {"pendingUploadType": "TemporaryBlobReference"}
+            yield from _differ(body, upload, "the code")
+        elif step == ("PUT", "codes", 3):
+            where = self.uploads.get(path.lower(), "where it was uploaded")
+            yield from _check_code(body, where)
+        elif step == ("PUT", "environments", 3):
+            yield from _check_environment(body, rest, plan)
+        elif step == ("PUT", "components", 3) and rest[0] == "azureml_anonymous":
+            yield from self._check_component(body, plan)
+        elif step == ("PUT", "jobs", 1):
+            properties = self._translated(body)
+            yield from _check_graph(properties, rest[0], plan)
+        else:
+            yield Violation(method, path, "sent", "nothing more than its parts")
+
+    def _check_component(self, body: Any, plan: Plan) -> Iterator[Violation]:
+        found = _at(body, "properties", "componentSpec")
+        kind = str(_at(found, "name")).removeprefix("fl_")
+        if not isinstance(found, dict) or not _spec(plan, kind):
+            yield Violation("a component", "it", _short(found), "no such kind of job")
+            return
+        spec = found
+        for key in ("code", "environment"):
+            address = str(spec.get(key)).removeprefix("azureml:")
+            spec = spec | {key: self.known.get(address.lower(), spec.get(key))}
+            if key == "environment" and address.startswith("/"):
+                named = _below(address, self.federation, "environments")
+                named = f"azureml:{named.replace('/versions/', ':')}"
+                spec[key] = self.known.get(address.lower(), named)
+        legal = {"isAnonymous": True, "isArchived": False, "componentSpec": "compared"}
+        about = {
+            **body,
+            "properties": body["properties"] | {"componentSpec": "compared"},
+        }
+        yield from _differ(about, {"properties": legal}, kind)
+        yield from _differ(spec, _spec(plan, kind), kind)
+
+    def _translated(self, body: Any) -> Any:
+        """The body of a job, with our names for what was sent before."""
+        if not isinstance(body, dict) or not set(body) <= {"properties"}:
+            return body
+        found, nodes = dict(body.get("properties") or {}), {}
+        jobs = found.get("jobs") if isinstance(found.get("jobs"), dict) else {}
+        for name, node in jobs.items():
+            nodes[name] = node
+            if isinstance(node, dict):
+                compute = str(node.get("computeId"))
+                component = str(node.get("componentId"))
+                nodes[name] = node | {
+                    "computeId": _below(compute, self.federation, "computes"),
+                    "componentId": self.known.get(component.lower(), component),
+                }
+        return found | {"jobs": nodes}
+
+    def note(self, path: str, body: Any, answer: Any) -> None:
+        """Remember what was created, by a request that was checked."""
+        kind, *rest = _below(path, self.federation).split("/")
+        content = json.loads(body or b"null")
+        if kind == "codes" and rest[-1] == "startPendingUpload":
+            code = path.removesuffix("/startPendingUpload").lower()
+            where = answer.get("blobReferenceForConsumption") or {}
+            self.uploads[code] = str(where.get("blobUri"))
+        elif kind == "codes":
+            found = content["properties"]
+            part = found["codeUri"].rpartition("/")[2]
+            self.known[path.lower()] = f"code {part} {self.plan.codes[part]}"
+            self.codes[found["properties"]["hash_sha256"]] = answer
+        elif kind == "environments":
+            self.known[path.lower()] = _environment(content["properties"])
+        elif kind == "components":
+            name = content["properties"]["componentSpec"]["name"]
+            self.known[path.lower()] = _component(self.plan, name.removeprefix("fl_"))
+
+    def _answer(
+        self, request: requests.PreparedRequest, query: str
+    ) -> requests.Response:
+        """Which code is there already: what others say of theirs is not taken."""
+        wanted = dict(pair.split("=", 1) for pair in query.split("&")).get("hash")
+        found = [self.codes[wanted]] if wanted in self.codes else []
+        body, kind = json.dumps({"value": found}).encode(), "application/json"
+        about = {"Content-Type": kind, "Content-Length": str(len(body))}
+        raw = HTTPResponse(BytesIO(body), about, 200, preload_content=False)
+        return self.build_response(request, raw)
+
+    def _refuse(self, wrong: list[Violation]) -> None:
+        raise PlanRefused(dict.fromkeys(wrong))
+
+
+# ---- the legal bodies
+
+
+def _graph(plan: Plan) -> dict[str, Any]:
+    names = {kind: _component(plan, kind) for kind in {job.kind for job in plan.jobs}}
+    return {
+        "displayName": plan.name,
+        "experimentName": plan.federation.project,
+        "properties": properties(plan),
+        "jobs": {job.name: _node(plan, job, names[job.kind]) for job in plan.jobs},
+        "outputs": {
+            name: {"uri": flow.uri, "mode": "Upload", "jobOutputType": "uri_folder"}
+            for name, flow in plan.outputs.items()
+        },
+        "settings": {"force_rerun": True, "_source": "DSL"},
+        "jobType": "Pipeline",
+        "isArchived": False,
+    }
+
+
+def _node(plan: Plan, job: Job, component: str) -> dict[str, Any]:
+    promoted = {(f.producer, f.output): name for name, f in plan.outputs.items()}
+    party, inputs = job.party, {}
+    for key, value in job.literals.items():
+        inputs[key] = {"value": str(value), "job_input_type": "literal"}
+    for flow in job.reads:
+        bound = f"${{{{parent.jobs.{flow.producer}.outputs.{flow.output}}}}}"
+        inputs[flow.name] = (
+            {"value": bound, "job_input_type": "literal"}
+            if flow.producer
+            else _folder(flow, "job_input_type")
+        )
+    outputs = {}
+    for flow in job.writes:
+        name = promoted.get((job.name, flow.name))
+        value = {"value": f"${{{{parent.outputs.{name}}}}}", "type": "literal"}
+        outputs[flow.name] = value if name else _folder(flow, "job_output_type")
+    several = job.kind == "train" and party.processes > 1
+    processes = {"process_count_per_instance": party.processes}
+    return {
+        "name": job.name,
+        "type": "command",
+        "computeId": party.compute,
+        "componentId": component,
+        "inputs": inputs,
+        "outputs": outputs,
+        "limits": {"timeout": _duration(plan), "job_limits_type": "Command"},
+        "resources": {"instance_type": party.instance_type, "shm_size": party.shm_size},
+        "distribution": {"distribution_type": "PyTorch"} | processes if several else {},
+        "_source": "BUILDER",
+    }
+
+
+def _folder(flow: Flow, kind: str) -> dict[str, str]:
+    return {"uri": flow.uri, "mode": MODES[flow.mode], kind: "uri_folder"}
+
+
+def _duration(plan: Plan) -> str:
+    """As ISO 8601 and the SDK write it: P1DT12H."""
+    days, hours = divmod(plan.federation.azure_ml.hours, 24)
+    return "P" + (f"{days}D" if days else "") + (f"T{hours}H" if hours else "")
+
+
+def _spec(plan: Plan, kind: str) -> dict[str, Any]:
+    """The legal component of a kind of job; empty if the plan has none."""
+    job = next((job for job in plan.jobs if job.kind == kind), None)
+    if job is None:
+        return {}
+    inputs = {key: {"type": TYPES[type(v)]} for key, v in job.literals.items()}
+    folder = {"type": "uri_folder", "mode": "ro_mount"}
+    return {
+        "name": f"fl_{kind}",
+        "display_name": kind,
+        "type": "command",
+        "command": job.command,
+        "code": f"code {job.code} {plan.codes[job.code]}",
+        "environment": _environment(environments(plan.federation)[job.code]),
+        "inputs": inputs | {flow.name: folder for flow in job.reads},
+        "outputs": {flow.name: {"type": "uri_folder"} for flow in job.writes},
+        "is_deterministic": False,
+        "_source": "BUILDER",
+    }
+
+
+def _component(plan: Plan, kind: str) -> str:
+    """One name for a component: two have it only if they are equal."""
+    text = json.dumps(_spec(plan, kind), sort_keys=True)
+    return f"component {kind} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _environment(found: Any) -> str:
+    """One text for an environment, whoever says it; conda files in one form."""
+    if isinstance(found, str):
+        return found
+    conda = found.get("conda") or found.get("conda_file") or found.get("condaFile")
+    conda = yaml.safe_load(conda) if isinstance(conda, str) else conda
+    return json.dumps([found.get("image"), conda], sort_keys=True)
+
+
+# ---- what is found, in our own terms
+
+
+def _spec_of(node: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What kind of job a node is, if it says so itself."""
+    component = node.get("componentId")
+    if not hasattr(component, "_to_rest_object"):
+        return None
+    return _plain(component._to_rest_object().properties.component_spec)
+
+
+def _offline(spec: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """A component that was not sent: code is a folder, the environment an object."""
+    folders = {str(plan.code[k]): f"code {k} {v}" for k, v in plan.codes.items()}
+    environment = spec.get("environment")
+    if isinstance(environment, dict):
+        extra = environment.keys() - {"name", "version", "image", "conda_file"}
+        environment = sorted(extra) or _environment(environment)
+    code = folders.get(str(spec.get("code")), spec.get("code"))
+    return {**spec, "code": code, "environment": environment}
+
+
+def _check_graph(found: Any, name: str, plan: Plan) -> Iterator[Violation]:
+    """The body of the job, with our names for computes and components."""
+    if name != plan.name:
+        yield Violation("the run", "its name", name, plan.name)
+    legal = _graph(plan)
+    jobs = _at(found, "jobs")
+    for key in sorted(legal["jobs"].keys() | set(jobs if type(jobs) is dict else ())):
+        yield from _differ(_at(jobs, key), legal["jobs"].get(key), key)
+    rest = {k: v for k, v in legal.items() if k != "jobs"}
+    others = {k: v for k, v in found.items() if k != "jobs"} if jobs else found
+    yield from _differ(others, rest, "the run")
+
+
+def _check_code(body: Any, where: str) -> Iterator[Violation]:
+    uri, found = (
+        _at(body, "properties", "codeUri"),
+        _at(body, "properties", "properties"),
+    )
+    digest = str(_at(found, "hash_sha256"))
+    parts = [f"{where}/{part}" for part in ("silo", "orchestrator")]
+    about = {"hash_sha256": digest, "hash_version": 202208}
+    legal = {"codeUri": uri if uri in parts else parts[0], "isAnonymous": True}
+    yield from _differ(body, {"properties": legal | {"properties": about}}, "the code")
+    if not SHA256.fullmatch(digest):
+        yield Violation("the code", "its hash", digest, "a SHA-256")
+
+
+def _check_environment(body: Any, rest: list[str], plan: Plan) -> Iterator[Violation]:
+    legal = [_environment(found) for found in environments(plan.federation).values()]
+    found = body.get("properties") or {}
+    if rest[0] != "CliV2AnonymousEnvironment":
+        yield Violation("the environment", "its name", rest[0], "none: it is not kept")
+    about = {"isAnonymous": True, "isArchived": False}
+    others = {k: v for k, v in found.items() if k not in ("condaFile", "image")}
+    others = {**body, "properties": others}
+    yield from _differ(others, {"properties": about}, "the environment")
+    text = _safe_environment(found)
+    if text not in legal:
+        more = set(re.findall(r'"[^"]*"', text)) - set(
+            re.findall(r'"[^"]*"', legal[-1])
+        )
+        yield Violation("the environment", "it", f"another ({sorted(more)})", legal[-1])
+
+
+def _safe_environment(found: Mapping[str, Any]) -> str:
+    try:
+        return _environment(found)
+    except (yaml.YAMLError, TypeError, ValueError):
+        return ""
+
+
+def _below(address: str, federation: Federation, kind: str = "") -> str:
+    """What of an address is below the workspace's, or below `kind` in it; else all."""
+    space = federation.azure_ml.workspace
+    start = f"/subscriptions/{space.subscription_id}/resourceGroups/"
+    start += f"{space.resource_group}/providers/Microsoft.MachineLearningServices/"
+    start += f"workspaces/{space.name}/" + (f"{kind}/" if kind else "")
+    known = address.lower().startswith(start.lower())
+    return address[len(start) :] if known else address
+
+
+def _at(found: Any, *keys: str) -> Any:
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _differ(found: Any, legal: Any, job: str, where: str = "") -> Iterator[Violation]:
+    """Where two bodies differ, but for what is free or empty."""
+    if isinstance(found, dict) and isinstance(legal, dict):
+        for key in sorted(found.keys() | legal.keys(), key=str):
+            place = f"{where}.{key}" if where else str(key)
+            yield from _differ(found.get(key), legal.get(key), job, place)
+        return
+    if isinstance(legal, dict) and not any(v not in EMPTY for v in legal.values()):
+        legal = None  # resources without any
+    same = type(found) is type(legal) and found == legal
+    free = any(
+        re.fullmatch(place, where)
+        and type(found) in (str, int)
+        and re.fullmatch(value, str(found))
+        for place, value in FREE
+    )
+    if not (same or free or (found in EMPTY and legal in EMPTY)):
+        yield Violation(job, where or "it", _short(found), _short(legal))
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value in EMPTY else ascii(value)
+    return text if len(text) <= 160 else text[:160] + "..."
+
+
+def _plain(found: Any) -> Any:
+    """Dicts, lists and values of what the SDK made."""
+    if hasattr(found, "as_dict"):
+        found = found.as_dict()
+    if isinstance(found, Mapping):
+        return {key: _plain(value) for key, value in found.items()}
+    return [_plain(v) for v in found] if isinstance(found, list | tuple) else found

@@ -1,0 +1,384 @@
+"""What is sent is the plan: a change of a real recording is refused, or harmless."""
+
+import json
+import os
+import re
+
+import pytest
+import requests
+import yaml
+
+from fl_helpers.cross_silo.azure_ml import pipeline, plan, sdk, wire, workspace
+from fl_helpers.training import norm_entries
+
+from . import azure_mutations, azure_trial, fake_azure, hospital
+
+FULL = bool(os.environ.get("FULL"))
+A, B = "train_0000_hospital_a", "train_0000_hospital_b"
+STORE = "azureml://datastores"
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """(plan, calls): 2 rounds, 3 silos, every kind of job and folder, as sent."""
+    folder = tmp_path_factory.mktemp("wire")
+    content = azure_trial.content()
+    number = "12345678-9abc-def0-1234-56789abcdef0"
+    content["azure_ml"]["workspace"]["subscription_id"] = number
+    content["azure_ml"]["prepare"] = f"{hospital.__file__}:prepare"
+    content["silos"][1]["azure_ml"] |= {"processes": 2, "shm_size": "8g"}
+    content["silos"][2]["azure_ml"]["instance_type"] = "gpu-4"
+    fed = azure_trial.read(folder, content)
+    fake = fake_azure.FakeAzure(fed, folder / "cloud")
+    model = azure_trial.model()
+    made = azure_trial.build(
+        *(fed, model.state_dict(), folder),
+        aggregate="FedAdam",
+        trainable=[name for name, _ in model.named_parameters()],
+        keep_local=norm_entries(model),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        send = fake_azure.adapter(fake)
+        patch.setattr(requests.adapters.HTTPAdapter, "send", send)
+        connection = workspace.connect(fed, credential=fake_azure.Credential())
+        workspace.submit(connection, made, approved=made.digest)
+    assert not fake.unknown
+    return made, fake.calls
+
+
+@pytest.fixture(scope="module")
+def gate(sent):
+    """A gate that has seen all of it, and is still open for the plan."""
+    made, calls = sent
+    gate = wire.Gate(made.federation)
+    gate.plan = made
+    for call in calls:
+        if call.method in ("PUT", "POST") and call.path.startswith("/subscriptions"):
+            gate.check(call.method, call.path, call.body)
+            gate.note(call.path, call.body, call.answer[1])
+    return gate
+
+
+@pytest.fixture(scope="module")
+def bodies(sent):
+    found = azure_mutations.parsed(sent[1])
+    assert found[-1][1].endswith("/jobs/trial") and len(found) > 10
+    return found
+
+
+def refusal(gate, method, path, body):
+    """What the gate says of a request; "" if it lets it pass."""
+    try:
+        gate.check(method, path, json.dumps(body).encode())
+    except plan.PlanRefused as error:
+        return str(error)
+    return ""
+
+
+# ---- any change
+
+
+def test_no_change_that_leaks_passes(gate, bodies):
+    rng = azure_mutations.generator(0)
+    passed, kinds = [], set()
+    for _ in range(2000 if FULL else 300):
+        method, path, body, what = azure_mutations.leak(bodies, rng)
+        kinds.add((what, path.split("/")[-2]))
+        if not refusal(gate, method, path, body):
+            passed.append((what, method, path, body))
+    assert not passed, passed[:3]
+    assert len(kinds) >= 12  # of every kind, at every kind of request
+
+
+def test_no_harmless_change_is_refused(gate, bodies):
+    rng = azure_mutations.generator(1)
+    for _ in range(2000 if FULL else 200):
+        method, path, body, what = azure_mutations.vary(bodies, rng)
+        assert refusal(gate, method, path, body) == "", what
+
+
+def test_the_generator_finds_what_a_careless_check_lets_pass(bodies):
+    """A control: of one that compares computes, stores and commands only, many pass."""
+
+    def careless(body):
+        text = json.dumps(body, sort_keys=True)
+        return re.findall(r'"(?:computeId|uri|command)": "[^"]*"', text)
+
+    legal, rng, passed = (
+        {p: careless(b) for _, p, b in bodies},
+        (azure_mutations.generator(0)),
+        0,
+    )
+    for _ in range(300):
+        _, path, body, _ = azure_mutations.leak(bodies, rng)
+        passed += legal.get(path) == careless(body)
+    assert passed > 50
+
+
+# ---- changes by name: what was found from outside, and the nearest of each kind
+
+
+def graph(change):
+    """A change of the body that creates the run."""
+
+    def made(bodies):
+        method, path, body = bodies[-1]
+        body = json.loads(json.dumps(body))
+        change(body["properties"])
+        return method, path, body
+
+    return made
+
+
+def component(kind, change):
+    def made(bodies):
+        for method, path, body in bodies:
+            spec = (
+                body["properties"].get("componentSpec") if "properties" in body else 0
+            )
+            if spec and spec["name"] == f"fl_{kind}":
+                body = json.loads(json.dumps(body))
+                change(body["properties"])
+                return method, path, body
+        raise AssertionError(kind)
+
+    return made
+
+
+def environment(change):
+    def made(bodies):
+        method, path, body = next(b for b in bodies if "/environments/" in b[1])
+        body = json.loads(json.dumps(body))
+        found = body["properties"]
+        found["condaFile"] = yaml.safe_load(found["condaFile"])
+        change(found)
+        found["condaFile"] = yaml.safe_dump(found["condaFile"])
+        return method, path, body
+
+    return made
+
+
+def swap_slots(found):
+    """The log goes to the update's place: the leak that a text of slots would hide."""
+    spec = found["componentSpec"]
+    text = spec["command"].replace("outputs.private", "outputs.@")
+    text = text.replace("outputs.model_update", "outputs.private")
+    spec["command"] = text.replace("outputs.@", "outputs.model_update")
+
+
+def job(key, value, name=A):
+    return graph(lambda p: p["jobs"][name].update({key: value}))
+
+
+def pip(line):
+    return environment(
+        lambda found: found["condaFile"]["dependencies"][-1]["pip"].append(line)
+    )
+
+
+def uri(path):
+    return {"uri": path, "mode": "ReadOnlyMount", "job_input_type": "uri_folder"}
+
+
+def flow(kind, name, value, at=A):
+    return graph(lambda p: p["jobs"][at][kind].update({name: value}))
+
+
+def written(path):
+    return {"uri": path, "mode": "Upload", "job_output_type": "uri_folder"}
+
+
+NAMED = {  # what is changed: (how, what the refusal says)
+    "two slots of a command": (component("train", swap_slots), "command"),
+    "another script": (
+        component("train", lambda p: p["componentSpec"].update(
+            command=p["componentSpec"]["command"].replace("train.py", "prepare.py"))),
+        "command"),
+    "a job of another kind": (
+        graph(lambda p: p["jobs"][A].update(
+            componentId=p["jobs"]["collect"]["componentId"])), "componentId"),
+    "tags of a job": (job("tags", {"patient": "4711"}), "tags"),
+    "an identity": (job("identity", {"identity_type": "UserIdentity"}), "identity"),
+    "a service": (job("services", {"x": {"job_service_type": "SSH"}}), "services"),
+    "environment variables": (
+        job("environment_variables", {"X": "1"}), "environment_variables"),
+    "an unknown setting": (
+        graph(lambda p: p["settings"].update(x=1)), "settings.x"),
+    "a default datastore": (
+        graph(lambda p: p["settings"].update(default_datastore="workspaceblobstore")),
+        "settings.default_datastore"),
+    "old results": (
+        graph(lambda p: p["settings"].update(force_rerun=False)), "force_rerun"),
+    "a parameter of a component": (
+        component("train", lambda p: p["componentSpec"]["inputs"].update(
+            more={"type": "string", "default": "x"})), "inputs.more"),
+    "a component that is deterministic": (
+        component("train", lambda p: p["componentSpec"].update(is_deterministic=True)),
+        "is_deterministic"),
+    "docker arguments": (
+        job("resources", {"docker_args": "-v /:/host"}), "docker_args"),
+    "several machines": (job("resources", {"instance_count": 2}), "instance_count"),
+    "22 days": (
+        graph(lambda p: p["jobs"][A]["limits"].update(timeout="P22D")), "timeout"),
+    "several processes that nobody asked for": (
+        job("distribution", {"distribution_type": "PyTorch"}), "distribution"),
+    "another silo's compute": (
+        graph(lambda p: p["jobs"][A].update(computeId=p["jobs"][B]["computeId"])),
+        "computeId"),
+    "a compute of another workspace": (
+        graph(lambda p: p["jobs"][A].update(
+            computeId=p["jobs"][A]["computeId"].replace("/ws/", "/other/"))),
+        "computeId"),
+    "another silo's data": (
+        flow("inputs", "data", uri(f"{STORE}/hospital_b/paths/radiographs")), "data"),
+    "a local folder": (flow("inputs", "data", uri("./patients")), "data"),
+    "a web address": (flow("inputs", "data", uri("https://x.org/y")), "data"),
+    "a path upwards": (
+        flow("inputs", "data", uri(f"{STORE}/hospital_a/paths/x/../y")), "data"),
+    "an input that can be written": (
+        flow("inputs", "data", uri(f"{STORE}/hospital_a/paths/radiographs")
+             | {"mode": "ReadWriteMount"}), "data.mode"),
+    "another silo's update": (
+        flow("inputs", "model", {
+            "value": "${{parent.jobs.train_0000_hospital_b.outputs.model_update}}",
+            "job_input_type": "literal"}, at="train_0001_hospital_a"), "inputs.model"),
+    "the log in the outbox": (
+        flow("outputs", "private", written(
+            f"{STORE}/orchestrator/paths/fl/updates/hospital_a/trial/x")), "private"),
+    "an output over the data": (
+        flow("outputs", "private", written(f"{STORE}/hospital_a/paths/radiographs")),
+        "private"),
+    "an output without a place": (flow("outputs", "private", {}), "private"),
+    "more numbers": (
+        flow("inputs", "metrics", {"value": "steps,age", "job_input_type": "literal"}),
+        "metrics"),
+    "one update twice": (
+        flow("inputs", "update_hospital_b", {
+            "value": "${{parent.jobs.train_0000_hospital_a.outputs.model_update}}",
+            "job_input_type": "literal"}, at="aggregate_0000"), "update_hospital_b"),
+    "a job more": (
+        graph(lambda p: p["jobs"].update(more=p["jobs"][A])), "more: it is"),
+    "a job less": (graph(lambda p: p["jobs"].pop("collect")), "collect: it is nothing"),
+    "an archive": (graph(lambda p: p.update(isArchived=True)), "isArchived"),
+    "a component that says nothing": (
+        component("train", lambda p: p.pop("componentSpec")), "no such kind of job"),
+    "a package of any version": (pip("torch>=2"), "torch>=2"),
+    "a wildcard": (pip("torch==2.*"), r"torch==2\.\*"),
+    "an option": (pip("--pre"), "the environment"),
+    "another index": (pip("--index-url https://x.org"), "the environment"),
+    "a package from the web": (pip("x @ https://x.org/x.whl"), "the environment"),
+    "a foreign channel": (
+        environment(lambda f: f["condaFile"]["channels"].append("https://x.org")),
+        "the environment"),
+    "a moving image": (
+        environment(lambda f: f.update(image="python:stable")), "python:stable"),
+    "a build": (
+        environment(lambda f: f.update(build={"contextUri": "x"})), "build"),
+    "code from elsewhere": (
+        lambda bodies: next(
+            (m, p, {"properties": b["properties"] | {"codeUri": "https://x.org/silo"}})
+            for m, p, b in bodies if "codeUri" in b.get("properties", {})),
+        "codeUri"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_change(name, gate, bodies):
+    change, said = NAMED[name]
+    assert re.search(said, refusal(gate, *change(bodies)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"null", b"[]", b"{", b'{"properties": 1}', b'{"properties": {}}', b"\xff"],
+)
+def test_whatever_is_sent_it_is_refused_not_a_crash(body, gate, bodies):
+    for method, path, _ in bodies:
+        with pytest.raises(plan.PlanRefused):
+            gate.check(method, path, body)
+
+
+def test_nothing_that_could_run_is_sent_without_a_plan(sent, bodies):
+    shut = wire.Gate(sent[0].federation)
+    start = bodies[-1][1].rpartition("/jobs/")[0]
+    for below in ("jobs/x", "components/x/versions/1", "codes/x/versions/1"):
+        with pytest.raises(plan.PlanRefused, match="workspace.submit sends"):
+            shut.check("PUT", f"{start}/{below}", b"{}")
+    with pytest.raises(plan.PlanRefused):
+        shut.check("PUT", f"{start}/schedules/x", b"{}")
+    shut.check("POST", f"{start}/jobs/x/cancel", b"")
+    shut.check("PUT", f"{start}/models/x/versions/1", b"{}")
+    shut.check("GET", f"{start}/jobs/x", None)
+
+
+def test_code_that_others_registered_is_not_taken(sent, gate):
+    """The SDK asks for code of the same hash: only what went through here is told."""
+    start = f"https://management.azure.com{sent[1][0].path}"
+    url = f"{start}/codes/x/versions?api-version=1&hash={{}}&hashVersion=202208"
+    for known, count in ((next(iter(gate.codes)), 1), ("0" * 64, 0)):
+        request = requests.Request("GET", url.format(known)).prepare()
+        assert len(gate.send(request).json()["value"]) == count
+
+
+# ---- the plan itself
+
+
+def test_a_plan_that_was_changed_is_refused(sent):
+    from dataclasses import replace
+
+    made = sent[0]
+    pipeline.check_plan(made)
+    first = replace(made.jobs[0], literals={"round": 7})
+    other = made.federation.only(["Hospital A", "Hospital B"])
+    for changed in (
+        replace(made, jobs=(first, *made.jobs[1:])),
+        replace(made, jobs=made.jobs[:-1]),
+        replace(made, jobs=(*made.jobs, made.jobs[0])),
+        replace(made, outputs={}),
+        replace(made, digest="0" * 64),
+        replace(made, codes=made.codes | {"silo": "0" * 64}),
+        replace(made, federation=other),
+    ):
+        with pytest.raises(plan.PlanRefused):
+            pipeline.check_plan(changed)
+
+
+def test_a_job_of_the_sdk_is_compared_without_a_network(sent):
+    made = sent[0]
+    wire.check_job(sdk.to_job(made), made)
+    changes = {
+        "computeId": lambda job: setattr(job.jobs[A], "compute", "hospital-b"),
+        "tags": lambda job: setattr(job.jobs[A], "tags", {"x": "y"}),
+        "the run: description": lambda job: setattr(job, "description", "x"),
+        "command": lambda job: setattr(job.jobs[A].component, "command", "python x.py"),
+        "its name": lambda job: setattr(job, "name", "other"),
+        "code": lambda job: setattr(job.jobs[A].component, "code", "/tmp"),
+        "default_compute": lambda job: setattr(job.settings, "default_compute", "x"),
+        "not to be sent": lambda job: job.jobs[A].inputs.update(model=object()),
+    }
+    for said, change in changes.items():
+        job = sdk.to_job(made)
+        change(job)
+        with pytest.raises(plan.PlanRefused, match=said):
+            wire.check_job(job, made)
+
+
+def test_the_file_for_the_command_line_is_the_same_run(sent, tmp_path):
+    """`az ml job create --file` loads it as `load_job` does."""
+    from azure.ai.ml import load_job
+
+    made = sent[0]
+    job = load_job(sdk.write_yaml(made, tmp_path / "plan.yaml"))
+    found = job._to_rest_object().properties
+    legal = sdk.to_job(made)._to_rest_object().properties
+    assert found["jobs"].keys() == legal["jobs"].keys()
+    for name, node in legal["jobs"].items():
+        for key in node.keys() - {"componentId", "_source"}:
+            assert found["jobs"][name].get(key) == node[key], (name, key)
+        one, other = (
+            side["jobs"][name]["componentId"]._to_rest_object().properties
+            for side in (found, legal)
+        )
+        for key in ("command", "inputs", "outputs", "is_deterministic"):
+            assert one.component_spec.get(key) == other.component_spec.get(key)
+        assert str(one.component_spec["code"]) == str(other.component_spec["code"])
