@@ -506,7 +506,8 @@ def _accept(
             if isinstance(answer, Exception):
                 raise answer
             update, own = _divide(answer, history.local.get(silo.name, {}))
-            kept |= {silo.name: own} if own else {}
+            if own and all(bool(value.isfinite().all()) for value in own.values()):
+                kept[silo.name] = own  # else it goes on with what it had
             about = {"silo": silo.name, "round_index": round_index, "norms": norms}
             check = run.terms.check
             norm = check(update, history.params, **about) if check else None

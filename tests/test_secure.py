@@ -544,8 +544,38 @@ def test_what_is_too_large_is_refused_and_what_is_not_does_not_wrap():
         over = far | {name: torch.full_like(start[name], value)}
         with pytest.raises(ValueError, match=f"silo 'a' changed '{name}' by"):
             encode(update("a", over), start, total=10, metrics=())
-    with pytest.raises(ValueError, match="silo 'a' has 10 of 9"):
-        encode(update("a", far), start, total=9, metrics=())
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"params": {"w": torch.zeros(1), "n": torch.tensor(5)}}, r"another.*\['w'\]"),
+        ({"params": {"w": torch.zeros(3).double(), "n": torch.tensor(5)}}, r"\['w'\]"),
+        ({"params": {"w": torch.zeros(3)}}, r"'b' sent another model.*\['n'\]"),
+        ({"params": {"x": torch.zeros(3)}}, r"\['n', 'w', 'x'\]"),
+        (
+            {"params": {"w": torch.full((3,), torch.nan), "n": torch.tensor(5)}},
+            "by nan",
+        ),
+        (
+            {"params": {"w": torch.full((3,), torch.inf), "n": torch.tensor(5)}},
+            "by inf",
+        ),
+        ({"num_examples": 11}, "silo 'b' has 11 of 20 examples|'b' has 11 of"),
+        ({"num_examples": 0}, "silo 'b' has 0 of"),
+        ({"num_examples": -5}, "silo 'b' has -5 of"),
+        ({"num_examples": 2.5}, "silo 'b' has 2.5 of"),
+        ({"num_examples": True}, "silo 'b' has True of"),
+        ({"silo": "a"}, r"silos \['a'\] sent two updates"),
+    ],
+)
+def test_the_secure_average_refuses_what_the_plain_one_refuses(bad, message):
+    start = {"w": torch.zeros(3), "n": torch.tensor(5)}
+    found = [update("a", start), replace(update("b", start), **bad)]
+    with pytest.raises(ValueError, match=message):
+        SecureAverage(weighted_average, start, total=10)(found)
+    with pytest.raises(ValueError, match="no updates to average"):
+        SecureAverage(weighted_average, start)([])
 
 
 def test_metrics_are_means_and_one_that_a_silo_lacks_is_known_of_nobody():

@@ -181,3 +181,17 @@ def test_the_example_trains_what_was_saved(tmp_path):
     )
     assert all(params[name].equal(value) for name, value in before.items())
     assert set(own.evaluate(params, own.silo)) == {"balanced_accuracy", "auroc"}
+
+
+def test_an_entry_that_became_nan_is_not_kept():
+    """The update is refused, and the silo goes on with the entries that it had."""
+
+    def diverges(params, silo, *, round_index, rng):
+        params = {name: value * torch.nan for name, value in params.items()}
+        return Update(silo.name, params, 7, {})
+
+    start = {"w": torch.ones(3), "own": torch.tensor([1.0, 2.0])}
+    run = Run("x", start, rounds=1, seed=3, keep_local=["own"], evaluate=False)
+    client = turn.Client(counting(None).silo, diverges)
+    update, own = turn.train(run, client, start, round_index=0)
+    assert own["own"].equal(start["own"]) and update.params["w"].isnan().all()

@@ -76,9 +76,8 @@ def encode(
     of one that the update lacks, a random number is added, so that nobody learns that
     of the others. Raises ValueError for changes that are too large for 32 bits.
     """
+    _check(update, start, total)
     share, parts, digest = update.num_examples / total, [], hashlib.sha256()
-    if start and not 0 < share <= 1:
-        raise ValueError(f"silo {update.silo!r} has {update.num_examples} of {total}")
     for name in sorted(start):
         value = update.params[name].detach().contiguous()
         digest.update(name.encode())
@@ -95,6 +94,23 @@ def encode(
         parts.append(steps.flatten().numpy().astype(np.uint32))
     weights = np.concatenate(parts) if parts else np.empty(0, np.uint32)
     return Plain(weights, _numbers(update, metrics), digest.hexdigest() * bool(parts))
+
+
+def _check(update: Any, start: Mapping[str, Tensor], total: int) -> None:
+    """At least what `weighted_average` checks; NaN is too large a change."""
+    found, silo = update.num_examples, update.silo
+    if type(found) is not int or not 0 < found <= (total if start else found):
+        raise ValueError(
+            f"silo {silo!r} has {found} of {total} examples; it must be a whole number "
+            "> 0 that is part of the total"
+        )
+    own = {name: (v.shape, v.dtype) for name, v in update.params.items()}
+    want = {name: (v.shape, v.dtype) for name, v in start.items()}
+    if differ := sorted(k for k in own | want if own.get(k) != want.get(k)):
+        raise ValueError(
+            f"silo {silo!r} sent another model: name, shape or dtype of {differ[:3]}; "
+            "all silos must train the same architecture"
+        )
 
 
 def _numbers(update: Any, metrics: Collection[str]) -> np.ndarray:
@@ -163,10 +179,12 @@ class SecureAverage:
 
     def __call__(self, updates: Iterable[Any]) -> Params:
         found = list(updates)
-        examples = sum(update.num_examples for update in found)
-        self.total = self.total or examples
-        if len({update.silo for update in found}) < max(1, len(found)):
-            raise ValueError("a silo sent two updates; only one counts")
+        names = [update.silo for update in found]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"silos {twice} sent two updates; only one counts")
+        if not found:
+            raise ValueError("no updates to average; at least one silo must take part")
+        self.total = self.total or sum(update.num_examples for update in found)
         how = {"total": self.total, "metrics": ()}
         parts = [encode(update, self.params, **how) for update in found]
         for part in parts[1:]:

@@ -133,13 +133,16 @@ def train(
     """Test the model, train it, and divide the result.
 
     params: from `receive`, not modified. Returns the update that may be released, with
-    the test's metrics, and the entries that stay in the silo.
+    the test's metrics, and the entries that stay in the silo; if they are not finite,
+    those that it had.
     """
     metrics = _tested(run, client, params, round_index) if run.evaluate else {}
     rng = silo_rng(run.seed, client.silo.name, round_index)
     with draws_from(rng):
         update = client.update(params, client.silo, round_index=round_index, rng=rng)
     own = {name: update.params[name] for name in sorted(run.keep_local)}
+    if not all(bool(value.isfinite().all()) for value in own.values()):
+        own = {name: params[name] for name in own}
     sent = {k: v for k, v in update.params.items() if k not in own}
     return replace(update, params=sent, metrics={**update.metrics, **metrics}), own
 

@@ -19,13 +19,19 @@ from fl_helpers.exchange import write_update
 from fl_helpers.models import torchvision_model
 from fl_helpers.training import Update
 
+BOUND = {"goal": 1.5, "bound": 2.0}
+PIECE = 1 << 18  # bytes made at once
 SIZES = {"4.5 MB": 1_125_000, "45 MB": 11_250_000}  # values of four bytes
 
 
 def keystreams(size, masks):
+    """Made, and not added to anything."""
+    zeros, stream = bytes(PIECE), bytearray(PIECE + 63)
     for _ in range(masks):
         cipher = Cipher(algorithms.ChaCha20(bytes(32), bytes(16)), mode=None)
-        cipher.encryptor().update(bytes(4 * size))
+        cipher = cipher.encryptor()
+        for _ in range(0, 4 * size, PIECE):
+            cipher.update_into(zeros, stream)
 
 
 def mask(plain, masks):
@@ -54,7 +60,8 @@ def bytes_ratio():
 
 
 def main():
-    rows = [row("bytes of a masked update / a plain one", bytes_ratio())]
+    case = "bytes of a masked update / a plain one"
+    rows = [row(case, bytes_ratio()) | {"goal": 1.05, "bound": 1.05}]
     for name, size in SIZES.items():
         for silos in (4, 20):
             plain = Plain(np.zeros(size, np.uint32), np.zeros(21, np.uint64))
@@ -64,7 +71,7 @@ def main():
                 pairs=3,
             )
             case = f"masks of {silos} silos, {name} / bare keystreams, CPU"
-            rows.append(row(case, times.cpu, times=times))
+            rows.append(row(case, times.cpu, times=times) | BOUND)
             begun = time.process_time()
             mask(plain, silos)
             spent = time.process_time() - begun

@@ -30,6 +30,7 @@ from fl_helpers import exchange
 from fl_helpers.cross_silo import secure
 from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.fixed_point import encode
+from fl_helpers.cross_silo.hospital import load_silo
 from fl_helpers.cross_silo.on_premises import (
     controller,
     executor,
@@ -44,6 +45,7 @@ from fl_helpers.cross_silo.on_premises import (
 from fl_helpers.cross_silo.on_premises.guards import HubGuard, SiteGuard
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.run import Run
+from fl_helpers.silos import Examples, Silo
 from fl_helpers.training import Update
 
 LIMITS = exchange.Limits()
@@ -160,6 +162,20 @@ def test_kits_are_not_put_where_git_would_take_them(tmp_path):
         provision.provision(federation, tmp_path / "kits")
     assert not (tmp_path / "kits").exists()
     assert provision.provision(federation, tmp_path / "runs" / "trial").exists()
+
+
+def test_a_trial_is_written_anew_but_over_nothing_else(tmp_path):
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 2
+    silos = [Silo(f"Hospital {k}", Examples(x, y), Examples(x, y)) for k in "AB"]
+    for _ in range(2):
+        path = provision.write_trial(tmp_path / "trial", silos, client="mine:client")
+    found = provision.sites_of(read_federation(path))
+    assert [own.silo for own in found] == ["Hospital A", "Hospital B"]
+    assert (
+        load_silo(found[1].data).train.x.equal(x) and found[0].client == "mine:client"
+    )
+    with pytest.raises(ValueError, match="has other content than a trial"):
+        provision.write_trial(tmp_path, silos, client="mine:client")
 
 
 def test_another_port_reaches_every_kit(kits):
@@ -406,7 +422,7 @@ def test_a_hospital_that_lies_about_its_weight_or_update_is_seen_in_the_sum_only
     assert torch.allclose(mean(0.5, 20).params["w"], torch.tensor(1.8 / 4))
     with pytest.raises(exchange.Refused, match=r"norm .* did not keep .* hides which"):
         mean(5.0, 10)
-    with pytest.raises(ValueError, match="silo 'C' has 31 of 30"):
+    with pytest.raises(ValueError, match="silo .C. has 31 of 30 examples"):
         mean(0.5, 31)  # its own code refuses; other code could send anything
 
 

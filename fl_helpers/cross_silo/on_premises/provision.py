@@ -74,13 +74,17 @@ def _confirm_all(federation: Federation, kits: Path) -> None:
 def write_trial(folder: str | Path, silos: Iterable[Silo], *, client: str) -> Path:
     """Write a `silos.yaml` for a trial on this machine, and each silo's data beside it.
 
-    folder: is made anew; what was in it is lost. client: see `turn.load_client`.
-    Returns the path of the file.
+    folder: is made anew; the trial that was in it is lost. client: see
+    `turn.load_client`. Returns the path of the file. Raises ValueError for a folder
+    with anything else in it.
     """
     from fl_helpers.cross_silo.hospital import save_silo
 
     folder = Path(folder).resolve()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "silos.yaml").exists():
+            raise ValueError(f"{folder} has other content than a trial; name another")
+        shutil.rmtree(folder)
     text = f"""\
 project: trial
 on_premises: {{organisation: coordinator, admin: admin@coordinator.org,
