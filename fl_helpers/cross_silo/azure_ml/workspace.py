@@ -215,6 +215,26 @@ def download_model(
     return {key: params[key] for key in expected}
 
 
+def register_model(client: Any, plan: Plan, *, name: str) -> Any:
+    """Register the final model of a plan that is completed; a new version of `name`.
+
+    It stays in the orchestrator's store: the version points to the run's output, so
+    that Azure ML shows the run, and its tags are the plan's digest, the report, rounds
+    and silos. A safetensors file, so of the type custom_model: MLflow's own form for
+    PyTorch is a pickle. Returns Azure's model. Raises AzureProblem.
+    """
+    from azure.ai.ml.entities import Model
+
+    outputs = f"azureml://jobs/{plan.name}/outputs"
+    tags = {"plan": plan.digest, "report": f"{outputs}/report"}
+    tags |= {"rounds": str(plan.run.rounds), "run": plan.run.name}
+    tags["silos"] = ", ".join(silo.name for silo in plan.silos)
+    path = f"{outputs}/final_model"
+    model = Model(name=name, path=path, type="custom_model", tags=tags)
+    with in_plain_words(f"model {name!r}"):
+        return client.models.create_or_update(model)
+
+
 def _download(client: Any, name: str, folder: str | Path, output: str) -> Path:
     """The local folder of an output of a run; never an empty one."""
     with in_plain_words(f"output {output!r} of run {name!r}"):
