@@ -61,7 +61,8 @@ def connect(federation: Federation, *, credential: Any = None) -> Any:
             "docs/azure-ml.md has the way from an empty subscription"
         )
     gate, session = wire.Gate(federation), requests.Session()
-    session.mount("https://", gate)
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, gate)
     space = federation.azure_ml.workspace
     client = MLClient(
         credential or sign_in(),
@@ -91,6 +92,11 @@ def submit(client: Any, plan: Plan, *, approved: str) -> Any:
     gate = _gates.get(client)
     if gate is None:
         raise TypeError("the client must be one of workspace.connect")
+    if gate.federation.azure_ml.workspace != plan.federation.azure_ml.workspace:
+        ours, other = (f.azure_ml.workspace for f in (gate.federation, plan.federation))
+        raise PlanRefused(
+            [Violation("the plan", "its workspace", str(other), str(ours))]
+        )
     if approved != plan.digest:
         signed = Violation("the plan", "its digest", plan.digest, str(approved))
         raise PlanRefused([signed])
