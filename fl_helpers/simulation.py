@@ -126,7 +126,8 @@ class Terms:
     silos_per_round: how many silos are drawn for each round; None is all.
     keep_local: names of entries that never leave a silo: each goes on with its own, and
         they are neither averaged nor counted in bytes. Normalisation layers make this
-        FedBN (Li et al. 2021), the head FedPer (Arivazhagan et al. 2019).
+        FedBN (Li et al. 2021), the head FedPer (Arivazhagan et al. 2019), and what is
+        not trained (`training.frozen_entries`) a network of which only a part travels.
     quorum: how many updates a round needs. A silo that fails is asked once more, with
         the same draws, and then left out of the round; the average is over those that
         came. With fewer, NoQuorum: run again, with the same checkpoint, to go on.
