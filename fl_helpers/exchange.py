@@ -579,6 +579,8 @@ def _views(
 
     `safetensors.torch.load` would copy all of it: an update, twice in memory.
     """
+    # In the order of where they begin, each must begin where the one before ended, and
+    # be as long as its shape says: so no byte is in two entries, or in none.
     spans = {name: entry["data_offsets"] for name, entry in header.items()}
     if any(
         type(s) is not list or [*map(type, s)] != [int, int] for s in spans.values()

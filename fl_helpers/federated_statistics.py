@@ -209,3 +209,25 @@ def standardised_difference(a: Column, b: Column) -> float:
     """
     variance = [part.squares / part.count for part in (a, b)]
     return abs(a.mean - b.mean) / max((sum(variance) / 2) ** 0.5, 1e-12)
+
+
+def first_table(
+    tables: Mapping[str, Mapping[str, Column]],
+) -> list[dict[str, str | float]]:
+    """The first table of a paper, from what the silos sent, as rows to print.
+
+    tables: {silo: `local_table`}. Each row: "row", its name; a text per silo, mean and
+    standard deviation of numbers, the share of a category, "held back" where the silo
+    did not send it; "apart", the largest standardised difference between two silos.
+    """
+    rows = dict.fromkeys(name for table in tables.values() for name in table)
+    found: list[dict[str, str | float]] = []
+    for row in rows:
+        sent = {silo: table[row] for silo, table in tables.items() if row in table}
+        text = "{0.mean:.0%}" if ": " in row else "{0.mean:.1f} ± {0.spread:.1f}"
+        parts = [*sent.values()]
+        apart = max(standardised_difference(a, b) for a in parts for b in parts)
+        line = dict.fromkeys(tables, "held back")
+        line |= {silo: text.format(part) for silo, part in sent.items()}
+        found.append({"row": row} | line | {"apart": apart})
+    return found

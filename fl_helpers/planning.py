@@ -44,7 +44,8 @@ def run_cost(
 ) -> dict[str, float]:
     """Bytes and hours of a run in which every silo takes part in every round.
 
-    model_bytes: of one model state, uncompressed (`simulation.state_bytes`).
+    model_bytes: of the entries that travel, uncompressed (`simulation.state_bytes`):
+        all of a model, or without those that are frozen or stay in the silos.
     silos, rounds: how many.
     training_minutes: of the slowest silo, per round.
     mbit_per_s: 10^6 bits per second of the orchestrator's line, which all silos share,

@@ -343,3 +343,83 @@ def plot_forest(
         axis.set_yticks(range(len(rows)), rows)
     axes[0, 0].invert_yaxis()
     return fig
+
+
+class CurvePoint(Protocol):
+    """A point of a calibration curve, such as `validation.Bin`; shares are 0 to 1."""
+
+    score: float
+    share: float
+    low: float
+    high: float
+
+
+def plot_calibration(
+    panels: Mapping[str, Mapping[str, Sequence[CurvePoint]]],
+) -> Figure:
+    """Draw what a model says against what is true, with intervals: a panel per silo.
+
+    panels: {panel: {curve: points}}, the same curves in all. On the dashed line a score
+    is the share of patients who have the disease.
+    """
+    width = 1 + 2 * len(panels)
+    fig, axes = plt.subplots(1, len(panels), figsize=(width, 3), sharey=True)
+    for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        axis.plot([0, 100], [0, 100], ls="--", color="0.6", lw=1)
+        for (label, points), color in zip(curves.items(), COLORS, strict=False):
+            x, y, low, high = (
+                100 * np.array([(p.score, p.share, p.low, p.high) for p in points]).T
+            )
+            look = {"fmt": "o-", "ms": 4, "lw": 1.3, "elinewidth": 1}
+            axis.errorbar(x, y, [y - low, high - y], color=color, label=label, **look)
+        axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+        axis.set_title(title, fontsize=10)
+    np.atleast_1d(axes)[0].set_ylabel("has the disease (%)")
+    fig.supxlabel("the model says (%)", fontsize=10)
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return fig
+
+
+def plot_intervals(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    xlabel: str,
+    references: Mapping[str, float] | None = None,
+    withheld: str = "withheld",
+) -> Figure:
+    """Draw values with intervals: one panel per entry, one line per row.
+
+    panels: {panel: {row: (value, low, high, ...)}}, shares from 0 to 1, or differences
+    of shares, drawn in percent; the same rows in all; NaN as a value
+    writes `withheld` instead. In one or two panels colours follow the rows and values
+    are written, else colours follow the panels. references: {panel: value}, a dashed
+    line.
+    """
+    rows, few = list(next(iter(panels.values()))), len(panels) <= 2
+    size = (1.5 + len(panels) * (2.6 if few else 1.75), 1.1 + 0.32 * len(rows))
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, sharex=True)
+    for column, (axis, panel) in enumerate(
+        zip(np.atleast_1d(axes), panels, strict=True)
+    ):
+        for y, share in enumerate(panels[panel].values()):
+            value, low, high = (100 * part for part in share[:3])
+            if np.isnan(value):
+                edge = axis.get_yaxis_transform()  # x in shares of the axis, y in rows
+                place = {"va": "center", "ha": "center", "transform": edge}
+                place |= {"backgroundcolor": "white", "fontsize": 9}
+                axis.text(0.5, y, withheld, color="0.5", **place)
+                continue
+            color = COLORS[(y if few else column) % len(COLORS)]
+            axis.plot([low, high], [y, y], color=color, lw=2)
+            axis.plot(value, y, "o", color=color, ms=6)
+            if few:
+                axis.text(value, y - 0.14, f"{value:.1f}", ha="center", va="bottom")
+        if references:
+            axis.axvline(100 * references[panel], color="0.4", ls="--", lw=1, zorder=0)
+        axis.set_title(panel, fontsize=10)
+    first = np.atleast_1d(axes)[0]
+    first.set_yticks(range(len(rows)), rows)
+    first.set_ylim(len(rows) - 0.5, -0.65)
+    fig.supxlabel(xlabel, fontsize=10)
+    return fig

@@ -77,7 +77,8 @@ class Step:
         float16 would need a scaled loss, which is left out.
     channels_last: lay images out with channels last; the same up to rounding, and
         faster for convolutions.
-    workers: processes that load a Dataset; 0 loads between steps, to the same bits.
+    workers: processes that load a Dataset; 0 loads between steps, to the same bits, and
+        for one silo at a time if silos train in threads.
     """
 
     optimizer: PlainSGD | Callable[[nn.Module, float], torch.optim.Optimizer] = (
@@ -133,33 +134,23 @@ def train_locally(
     loss_fn: loss_fn(outputs, y) is the mean loss of a batch, per example.
     step: optimizer, clipping, precision.
 
-    Each epoch takes N // batch_size batches of exactly batch_size examples (one batch
-    with all of them if N is smaller); the rest is left out of that epoch, as with
-    DataLoader(drop_last=True). Returns an Update whose params are copies; metrics
-    are `train_loss` (mean over batches) and `steps`.
+    Each epoch takes N // batch_size whole batches (one of all examples if N is smaller)
+    and leaves the rest out, as DataLoader(drop_last=True). Returns an Update whose
+    params are copies; metrics are `train_loss` (mean over batches) and `steps`.
     Raises ValueError for empty or mismatched data, FloatingPointError on divergence,
     and what the Dataset or the loss raise, with the name of the silo.
     """
-    n = num_examples(silo)
     _check_inputs(silo, epochs, lr, batch_size)
-    device, total = _device(model), num_steps(n, epochs=epochs, batch_size=batch_size)
-    if step.channels_last:
-        model.to(memory_format=torch.channels_last)
-    _set_train_mode(model)
+    n, device = num_examples(silo), _device(model)
+    total, steps = num_steps(n, epochs=epochs, batch_size=batch_size), 0
+    _prepare(model, step)
     take_step = _stepper(model, lr, step)
+    loss_of = _forward(model, silo.name, loss_fn, rng, step)
     total_loss = torch.zeros((), device=device)
-    seeded, steps = _seeded(model, rng, device), 0
-    cast = (
-        torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
-    )
-    order, owner = (n, batch_size, total, rng), f"silo {silo.name!r}"
+    order = (n, batch_size, total, rng)
     for number, (x, y) in enumerate(_loaded(silo, order, device, step)):
         first = number - number % step.accumulate
-        try:
-            with seeded, cast:
-                loss = loss_fn(model(x), y)
-        except Exception as error:
-            raise _told(owner, error) from error
+        loss = loss_of(x, y)
         if number == first:
             model.zero_grad()
         share = min(step.accumulate, total - first)
@@ -175,7 +166,7 @@ def train_locally(
 
 def num_examples(silo: SiloLike) -> int:
     """How many training examples a silo has, tensors or a Dataset."""
-    return len(silo.train[0] if isinstance(silo.train, tuple) else silo.train)
+    return len(silo.train[0] if _is_pair(silo.train) else silo.train)
 
 
 class ProximalTerm:
@@ -386,9 +377,9 @@ def evaluate(
 
     Returns these metrics and `loss` (per example).
     """
-    count = len(examples[0] if isinstance(examples, tuple) else examples)
-    if count == 0 or isinstance(examples, tuple) and len(examples[1]) != count:
-        labels = len(examples[1]) if isinstance(examples, tuple) else count
+    count = len(examples[0] if _is_pair(examples) else examples)
+    if count == 0 or _is_pair(examples) and len(examples[1]) != count:
+        labels = len(examples[1]) if _is_pair(examples) else count
         raise ValueError(f"cannot evaluate {count} inputs with {labels} labels")
     modes = [(module, module.training) for module in model.modules()]
     outputs, labels, device = [], [], _device(model)
@@ -448,6 +439,11 @@ def _auroc(score: Tensor, positive: Tensor) -> float:
     return above / (num_positive * num_negative)
 
 
+def _is_pair(examples: Examples) -> bool:
+    """Whether examples are tensors x and y, not a Dataset."""
+    return isinstance(examples, tuple | list)
+
+
 def _device(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return CPU if first is None else first.device
@@ -487,7 +483,7 @@ def _loaded(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches x, y of an order, on the device."""
     layout = torch.channels_last if step.channels_last else torch.preserve_format
-    if isinstance(silo.train, tuple):
+    if _is_pair(silo.train):
         x, y = (part.to(device) for part in silo.train)
         x = x.to(memory_format=layout) if x.dim() == 4 else x
         for rows in _batches(order, device):
@@ -513,7 +509,7 @@ def _streamed(
     examples: Examples, count: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All examples in their order, batch by batch."""
-    if isinstance(examples, tuple):
+    if _is_pair(examples):
         yield from zip(*(part.split(batch_size) for part in examples), strict=True)
         return
     batches = _Batches(examples, "the test set")
@@ -601,11 +597,33 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(own) and not any(own)
 
 
-def _set_train_mode(model: nn.Module) -> None:
+def _prepare(model: nn.Module, step: Step) -> None:
+    """Set the mode and the layout of a model that is to be trained."""
+    if step.channels_last:
+        model.to(memory_format=torch.channels_last)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and _is_frozen(module):
             module.eval()  # its statistics are those that its scale was made for
+
+
+def _forward(
+    model: nn.Module, silo: str, loss_fn: Loss, rng: torch.Generator, step: Step
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a batch; an error of the model or the loss names the silo."""
+    device = _device(model)
+    seeded, cast = _seeded(model, rng, device), nullcontext()
+    if step.autocast:
+        cast = torch.autocast(device.type, step.autocast)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        try:
+            with seeded, cast:
+                return loss_fn(model(x), y)
+        except Exception as error:
+            raise _told(f"silo {silo!r}", error) from error
+
+    return loss_of
 
 
 def _sgd_step(
@@ -689,7 +707,7 @@ def _all_finite(params: dict[str, Tensor]) -> bool:
 
 def _check_inputs(silo: SiloLike, epochs: float, lr: float, batch_size: int) -> None:
     name, count = silo.name, num_examples(silo)
-    labels = len(silo.train[1]) if isinstance(silo.train, tuple) else count
+    labels = len(silo.train[1]) if _is_pair(silo.train) else count
     if count == 0 or count != labels:
         raise ValueError(
             f"silo {name!r} has {count} inputs and {labels} labels; "

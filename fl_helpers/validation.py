@@ -62,6 +62,15 @@ def logit(score: np.ndarray, *, edge: float = 1e-6) -> np.ndarray:
     return np.log(inside / (1 - inside))
 
 
+def recalibrate(score: np.ndarray, beta: Sequence[float]) -> np.ndarray:
+    """Scores of the same order with a silo's own intercept and slope, beta [2].
+
+    beta: of a logistic regression of y on `logit(score)`, from other patients of the
+    silo than those that the result is tested on (Steyerberg 2009, ch. 20).
+    """
+    return 1 / (1 + np.exp(-(beta[0] + beta[1] * logit(score))))
+
+
 # -- discrimination: does it rank the ill above the healthy?
 
 
@@ -156,6 +165,23 @@ def silo_score_counts(
     score = np.bincount(place, weights=data.score, minlength=bins)
     brier = float(((data.score - data.y) ** 2).sum())
     return {"ill": ill, "healthy": healthy, "score": score, "brier": np.array(brier)}
+
+
+def finest_counts(
+    data: Scored, *, most: int = 10, min_count: int = 10
+) -> dict[str, np.ndarray]:
+    """`silo_score_counts` with as many bins, `most` at the most, as the rule permits.
+
+    For one silo's own curve: silos may end with different numbers of bins. Answer it
+    once; a second answer with other bins could be subtracted. Raises `TooFew` if one
+    bin is too many.
+    """
+    for bins in range(most, 1, -1):
+        try:
+            return silo_score_counts(data, bins=bins, min_count=min_count)
+        except TooFew:
+            continue
+    return silo_score_counts(data, bins=1, min_count=min_count)
 
 
 def auroc_bounds(counts: Counts) -> tuple[float, float, float]:

@@ -129,7 +129,7 @@ def test_what_it_costs():
 def test_it_stays_a_brief_without_code():
     text = (ROOT / "docs/decision-brief.md").read_text()
     words = re.sub(r"\]\([^)]*\)|(?m:^\|[-|]+$)|\|", " ", text).split()
-    assert "```" not in text and sum(bool(re.search(r"\w", w)) for w in words) <= 930
+    assert "```" not in text and sum(bool(re.search(r"\w", w)) for w in words) <= 950
 
 
 def test_what_the_impact_assessment_took_from_the_results(attacks, accuracy):

@@ -7,6 +7,7 @@ from fl_helpers.federated_statistics import (
     Column,
     combine_statistics,
     combine_tables,
+    first_table,
     local_statistics,
     local_table,
     standardised_difference,
@@ -126,3 +127,17 @@ def test_the_standardised_difference_by_hand():
 def test_a_bad_column_is_named_with_its_silo(columns, message):
     with pytest.raises(ValueError, match=f"silo 'A'.*{message}"):
         local_table("A", columns, categories=LABELS)
+
+
+def test_the_first_table_shows_what_was_sent_and_what_was_not():
+    # Means 50 and 60, both variances 100: one standard deviation apart.
+    a = {"age": Column(20, 0, 50.0, 2000.0), "sex: male": Column(20, 0, 0.25, 3.75)}
+    b = {"age": Column(20, 0, 60.0, 2000.0)}
+    age, sex = first_table({"A": a, "B": b})
+    assert age == {"row": "age", "A": "50.0 ± 10.3", "B": "60.0 ± 10.3", "apart": 1.0}
+    assert sex == {"row": "sex: male", "A": "25%", "B": "held back", "apart": 0.0}
+
+
+def test_what_one_silo_alone_has_sent_is_apart_from_nothing():
+    (row,) = first_table({"A": {"age": Column(20, 0, 50.0, 2000.0)}, "B": {}})
+    assert row["B"] == "held back" and row["apart"] == 0

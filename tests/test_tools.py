@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import nbformat
@@ -198,6 +199,31 @@ def test_images_are_drawn_row_by_row():
     assert len(figure.axes) == 6
     assert sum(bool(axis.images) for axis in figure.axes) == 5
     matplotlib.pyplot.close("all")
+
+
+def test_calibration_draws_each_curve_of_each_silo():
+    point = SimpleNamespace(score=0.2, share=0.4, low=0.3, high=0.6)
+    figure = plots.plot_calibration({"A": {"sent": [point], "mended": [point, point]}})
+    drawn = [line.get_xydata() for line in figure.axes[0].lines]
+    assert drawn[0].tolist() == [[0, 0], [100, 100]]  # calibrated
+    assert {tuple(xy) for line in drawn[1:] for xy in line} == {(20, 40)}
+    bars = [part for curve in figure.axes[0].containers for part in curve[2]]
+    ends = np.concatenate([part.get_segments()[0][:, 1] for part in bars])
+    assert sorted(set(ends.round(9))) == [30, 60]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["sent", "mended"]
+
+
+def test_intervals_write_what_was_withheld():
+    rows = {"young": (0.5, 0.4, 0.6, 20), "old": (np.nan, 0, 1, 0)}
+    figure = plots.plot_intervals({"A": rows, "B": rows, "C": rows}, xlabel="%")
+    assert [t.get_text() for axis in figure.axes for t in axis.texts] == 3 * [
+        "withheld"
+    ]
+    assert list(figure.axes[1].lines[0].get_xdata()) == [40, 60]
+    figure = plots.plot_intervals({"": rows}, xlabel="%", references={"": 0})
+    assert [t.get_text() for t in figure.axes[0].texts] == ["50.0", "withheld"]
+    assert list(figure.axes[0].lines[-1].get_xdata()) == [0, 0]
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,10 @@ from fl_helpers.validation import (
     average_precision,
     brier_score,
     calibration_curve,
+    finest_counts,
     logit,
     net_benefit,
+    recalibrate,
     sensitivity,
     silo_confusion,
     silo_ranking,
@@ -132,6 +134,20 @@ def test_small_bins_do_not_leave(silos):
         silo_score_counts(data._replace(score=np.append(score[:-1], 0.2)), bins=2)
 
 
+def test_the_finest_answer_is_the_first_that_is_not_refused(silos):
+    data = silos["A"]
+    bins = len(finest_counts(data, most=50)["ill"])
+    assert 1 < bins < 50
+    silo_score_counts(data, bins=bins)
+    for finer in range(bins + 1, 51):
+        with pytest.raises(TooFew):
+            silo_score_counts(data, bins=finer)
+    assert len(finest_counts(data, most=1)["ill"]) == 1
+    nine = data._replace(y=np.arange(len(data.y)) < 9)
+    with pytest.raises(TooFew, match="fewer than 10 patients with or without"):
+        finest_counts(nine)
+
+
 def test_net_benefit_by_hand():
     # Bins [0, .5) and [.5, 1]: 5 of 20 ill and 60 of 80 healthy are below.
     counts = {"ill": np.array([5, 15]), "healthy": np.array([60, 20])}
@@ -176,6 +192,23 @@ def test_calibration_slope_and_recalibration_of_a_model_that_is_too_sure():
     fit = fit_logistic(ask_silos(dict(zip("AB", half, strict=True))), 1)
     error = np.sqrt(np.diag(fit.covariance))
     assert (np.abs(fit.beta - [-0.5, 0.5]) < 4 * error).all() and error.max() < 0.1
+
+
+def test_recalibration_moves_the_log_odds_and_keeps_the_order(silos):
+    score = silos["A"].score
+    assert recalibrate(np.array([0.5, 0.8]), [0, 1]) == pytest.approx([0.5, 0.8])
+    # Odds of .8 are 4: the root of 4, times 3, is 6, or 6 of 7.
+    assert recalibrate(np.array([0.8]), [np.log(3), 0.5]) == pytest.approx([6 / 7])
+    order = np.argsort(score, kind="stable")
+    assert (np.diff(recalibrate(score, [-1, 0.3])[order]) >= 0).all()
+
+
+def test_after_recalibration_the_mean_score_is_the_share_of_the_ill(silos):
+    # The score equations of the likelihood, here on the patients that it was fitted to.
+    data = silos["B"]
+    rows = Table(logit(data.score)[:, None], data.y * 1.0)
+    fit = fit_logistic(ask_silos({"B": rows}), 1)
+    assert recalibrate(data.score, fit.beta).mean() == pytest.approx(data.y.mean())
 
 
 @pytest.mark.parametrize(

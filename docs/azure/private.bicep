@@ -15,7 +15,7 @@ param silos array
 param runner string
 param runnerType string = 'User'
 param location string = deployment().location
-param vmSize string = 'Standard_DS3_v2'
+param vmSize string = 'Standard_D4s_v5'
 
 module federation 'sandbox.bicep' = {
   name: 'federation'
@@ -44,6 +44,7 @@ module network 'modules/network.bicep' = {
     workspace: federation.outputs.workspaceId
     workspaceStore: federation.outputs.workspaceStore
     orchestratorStore: federation.outputs.orchestratorStore
+    registry: federation.outputs.registryId
   }
 }
 
@@ -51,3 +52,6 @@ module network 'modules/network.bicep' = {
 output machines string = network.outputs.machines
 output silosYaml array = federation.outputs.silosYaml
 output workspaceYaml string = federation.outputs.workspaceYaml
+output storeNames array = federation.outputs.storeNames
+output storeIds array = federation.outputs.storeIds
+output registry string = federation.outputs.registry

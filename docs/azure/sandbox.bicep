@@ -10,7 +10,7 @@ targetScope = 'subscription'
 @maxLength(10)
 param prefix string
 
-@description('Names as in silos.yaml, in lower case and with _ for spaces.')
+@description('Names as in silos.yaml, in lower case and with _ for spaces; 3 to 32 characters.')
 @minLength(2)
 param silos array
 
@@ -23,7 +23,7 @@ param runnerType string = 'User'
 param location string = deployment().location
 
 @description('Size of every machine; a family with enough quota.')
-param vmSize string = 'Standard_DS3_v2'
+param vmSize string = 'Standard_D4s_v5'
 
 @description('How long a machine waits for the next round before it is given back.')
 param idle string = 'PT15M'
@@ -158,7 +158,6 @@ module routes 'modules/routes.bicep' = if (private) {
   scope: home
   params: {
     workspace: workspace.outputs.name
-    names: [for (party, i) in parties: 'store-${replace(party, '_', '-')}']
     stores: [for (party, i) in parties: stores[i].outputs.id]
   }
 }
@@ -177,6 +176,7 @@ module computes 'modules/compute.bicep' = [
       idle: idle
       private: private
       registry: workspace.outputs.registry
+      workspaceStore: workspace.outputs.storeName
       principal: stores[i].outputs.principal
     }
     dependsOn: [routes]
@@ -219,3 +219,9 @@ output workspaceYaml string = '{subscription_id: ${subscription().subscriptionId
 output workspaceId string = workspace.outputs.id
 output workspaceStore string = workspace.outputs.store
 output orchestratorStore string = stores[0].outputs.id
+output registryId string = workspace.outputs.registryId
+output registry string = workspace.outputs.registryAddress
+
+@description('For who puts data there: a store and its id for each party.')
+output storeNames array = [for (party, i) in parties: '${party}: ${stores[i].outputs.name}']
+output storeIds array = [for (party, i) in parties: '${party}: ${stores[i].outputs.id}']

@@ -20,7 +20,8 @@ RESERVED = ("server", "admin", "localhost")  # NVFlare's own participants
 ENGINES = ("on_premises", "azure_ml")
 OWN = {f"azure_ml.{key}": key for key in ("compute", "datastore")} | {"name": "key"}
 CLIENT = r"[^:]+:[A-Za-z_]\w*"
-COMPUTE, DATASTORE = r"[A-Za-z][A-Za-z0-9-]{1,31}", r"[A-Za-z0-9_]{1,255}"
+# As Azure limits them: 3 to 32 characters; lower case.
+COMPUTE, DATASTORE = r"[A-Za-z][A-Za-z0-9-]{1,30}[A-Za-z0-9]", r"[a-z0-9_]{1,255}"
 FOLDER, GUID = r"[\w.=-]+(/[\w.=-]+)*", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 # Of Azure ML: an exact version, never a label such as latest or stable.
 ASSET = r"azureml:[A-Za-z0-9][\w.-]*:\d[\w.-]*"

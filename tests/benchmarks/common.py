@@ -34,8 +34,6 @@ BOUNDS = {
     "4 silos x 1,000 images, CPU": (1.02, 1.05),
     "100 silos, 10 sampled, CNN, CPU": (1.02, 1.05),
     "100 silos, 10 sampled, small CNN, CPU": (1.02, 1.05),
-    "10 silos in one graph / one by one, tabular, CPU": (0.5, 0.5),
-    "32 silos in one graph / one by one, tabular, CPU": (0.5, 0.3),
     "2 workers / 2 bare threads, wall": (1.05, 1.05),
     "2 workers / 1 worker, CNN, wall": (0.59, None),
     "2 workers / 1 worker, tabular, wall": (0.77, None),

@@ -26,8 +26,10 @@ from run import PAGE, circumstances, fill
 import fl_helpers
 from fl_helpers import exchange
 from fl_helpers.cross_silo import hospital
-from fl_helpers.cross_silo.azure_ml import federation, pipeline, plan, run_locally
+from fl_helpers.cross_silo.azure_ml import pipeline, run_locally, start
+from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises.fleet import Fleet
+from fl_helpers.cross_silo.run import Run
 from fl_helpers.models import small_cnn, torchvision_model
 
 RESULTS = PAGE.parent / "results/rounds.csv"
@@ -184,30 +186,42 @@ class TimedRunner(run_locally._Runner):
 
 def azure(work, rounds):
     """The same of the graph of jobs, on this machine."""
-    fed = federation.read_federation(Path(fl_helpers.__file__).parent / "silos.yaml")
+    fed = read_federation(Path(hospital.__file__).with_name("silos.yaml"))
     silos = fed.silos[: len(work.places)]
-    silos = [replace(silo, name=f"silo {k:03d}") for k, silo in enumerate(silos)]
+    silos = [
+        replace(silo, azure_ml=replace(silo.azure_ml, name=f"silo {k:03d}"))
+        for k, silo in enumerate(silos)
+    ]
+    silos = [replace(silo, name=silo.azure_ml.name) for silo in silos]
     fed, folder = replace(fed, silos=tuple(silos)), work.folder / "azure"
-    how = dict(run="latency", evaluate=False, settings=work.settings, **work.how)
-    job = pipeline.build_pipeline(fed, work.start, folder, **how)
-    for part in ("silo", "orchestrator"):
-        hook(folder / "code" / part / "fl_helpers", MODEL)
-        with (folder / "code" / part / "common.py").open("a") as file:
+    how = dict(evaluate=False, settings=work.settings, **work.how)
+    listed = start.write_files
+
+    def with_clocks(code):  # before the list is made that the jobs look at
+        hook(code / "fl_helpers", MODEL)
+        with (code / "common.py").open("a") as file:
             file.write("\nimport time\nfrom fl_helpers.timed import say\n")
             file.write("say('imported', time.time())\n")
-    graph = plan.read_plan(job._to_dict())
+        return listed(code)
+
+    start.write_files = with_clocks
+    try:
+        run = Run("latency", work.start, **how)
+        graph = pipeline.build_pipeline(run, fed, folder)
+    finally:
+        start.write_files = listed
     TimedRunner.times.clear()
     places = {
         silo.name: place for silo, place in zip(fed.silos, work.places, strict=True)
     }
-    result = run_locally.run(graph, fed, folder, data=places, show=lambda line: None)
+    result = run_locally.run(graph, folder, data=places, show=lambda line: None)
     times, jobs = TimedRunner.times, {job.name: job for job in graph.jobs}
     found = []
     for index in range(1, rounds):
         began, last = times[f"aggregate_{index - 1:04d}"][3], f"aggregate_{index:04d}"
         chain = [last]
-        while (start := times[chain[0]][0]) > began + 0.05:
-            over = {name: t[3] for name, t in times.items() if t[3] <= start}
+        while (begun := times[chain[0]][0]) > began + 0.05:
+            over = {name: t[3] for name, t in times.items() if t[3] <= begun}
             chain.insert(0, max(over, key=over.get))
         cuts = []
         for name in chain:

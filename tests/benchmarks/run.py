@@ -74,7 +74,8 @@ def main():
     # makes the timings many times longer.
     env = os.environ | {"OMP_WAIT_POLICY": "passive"}
     where, here = circumstances(), Path(__file__).parent
-    scripts = [*sorted(here.glob("bench_*.py")), here / "strategies.py"]
+    scripts = sorted(here.glob("bench_*.py"))
+    scripts += [here.parents[1] / "experiments/strategies.py"]
     missed = []
     # Whether glibc gives memory back to the kernel, and asks for it again in the next
     # step, is chance, and costs time: here it keeps what it has.

@@ -33,7 +33,7 @@ OWN = "workspaceblobstore"  # the workspace's default datastore
 SILO = ("prepare", "train", "evaluate")
 BOUND = re.compile(r"\$\{\{parent\.jobs\.(\w+)\.outputs\.(\w+)\}\}")
 MODES = {"ReadOnlyMount": "ro_mount", "ReadWriteMount": "rw_mount", "Upload": "upload"}
-ASSETS = "codes|environments|components"
+ASSETS = "codes|environments|components|models"
 PAGE = 50  # children of a run, if no number is asked for
 SIZE = {"name": "Standard_DS3_v2", "family": "standardDSv2Family", "vCPUs": 4}
 
@@ -129,6 +129,8 @@ class FakeAzure:
             return 200, {"value": [about]}
         if found := re.fullmatch(rf"({ASSETS})/([^/]+)/versions(/[^/]+)?(/.*)?", below):
             return self.asset(call, *found.groups())
+        if found := re.fullmatch(r"models/([^/]+)", below):
+            return failure(404, "UserError", f"no model {found[1]}")
         if found := re.fullmatch(r"jobs/([^/]+)(/cancel)?", below):
             return self.job(call, *found.groups())
         return None
@@ -161,6 +163,7 @@ class FakeAzure:
             }
         if call.method == "PUT":
             properties = json.loads(call.body)["properties"]
+            properties |= {"flavors": {}} if kind == "models" else {}
             about = {"id": call.path, "name": version.strip("/"), **system(kind)}
             self.resources[call.path] = about | {
                 "properties": {**properties, "provisioningState": "Succeeded"}

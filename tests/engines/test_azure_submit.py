@@ -197,6 +197,70 @@ def test_waiting_ends(azure, connection, federation, tmp_path):
         workspace.wait(connection, "trial", show_progress=False)
 
 
+def test_a_job_that_fails_beyond_the_first_page_is_named(
+    azure, connection, federation, tmp_path
+):
+    """130 jobs, the 121st fails: the service lists 50, unless it is asked for more."""
+    send(connection, federation, tmp_path, rounds=1)
+    job = azure.jobs["trial"]["properties"]
+    names = [f"train_{k:04d}_hospital_a" for k in range(130)]
+    job |= {"status": "Failed", "jobs": dict.fromkeys(names, job["jobs"]["initial"])}
+    azure.children["trial"] = dict.fromkeys(names, "Completed") | {names[120]: "Failed"}
+    assert len(list(connection.jobs.list(parent_job_name="trial"))) == 50  # a control
+    with pytest.raises(AzureProblem) as problem:
+        workspace.wait(connection, "trial", show_progress=False)
+    assert problem.value.jobs == (names[120],)
+
+
+def test_a_break_of_the_connection_does_not_end_the_waiting(
+    azure, connection, federation, tmp_path, monkeypatch
+):
+    send(connection, federation, tmp_path, rounds=1)
+    azure.jobs["trial"]["properties"]["status"] = "Completed"
+    left = [requests.ConnectionError("no route")] * 12  # the SDK tries four times
+
+    def deny(call):
+        if left and call.path.endswith("/jobs/trial"):
+            raise left.pop()
+
+    monkeypatch.setattr(azure, "deny", deny)
+    workspace.wait(connection, "trial", poll=0, show_progress=False)
+    assert not left
+    azure.denied["/jobs/trial$"] = (503, "ServerBusy", "later")
+    monkeypatch.undo()
+    monkeypatch.setattr(workspace, "BREAK", 0)
+    send_ = fake_azure.adapter(azure)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send_)
+    monkeypatch.setattr("time.sleep", fake_azure.quick_sleep)
+    with pytest.raises(AzureProblem, match="'trial'"):
+        workspace.wait(connection, "trial", poll=0, show_progress=False)
+
+
+def test_only_a_connection_of_ours_sends(federation, tmp_path):
+    found = build(federation, tmp_path, rounds=1)
+    with pytest.raises(TypeError, match="workspace.connect"):
+        workspace.submit(fake_azure.Credential(), found, approved=found.digest)
+
+
+def test_a_registered_model_says_where_it_comes_from(
+    azure, connection, federation, tmp_path
+):
+    made = build(federation, tmp_path, rounds=1)
+    model = workspace.register_model(connection, made, name="radiographs")
+    body = json.loads(next(c.body for c in azure.calls if "/models/radiographs/versions"
+                           in c.path and c.method == "PUT"))["properties"]  # fmt: skip
+    assert body["modelUri"] == "azureml://jobs/trial/outputs/final_model"
+    assert body["modelType"] == "custom_model" and model.name == "radiographs"
+    assert body["tags"] == {
+        "plan": made.digest,
+        "report": "azureml://jobs/trial/outputs/report",
+        "rounds": "1",
+        "run": "trial",
+        "silos": "Hospital A, Hospital B, Hospital C",
+    }
+    assert not azure.blobs  # nothing is uploaded: it stays where it is
+
+
 def test_a_model_that_was_changed_is_refused(azure, connection, federation, tmp_path):
     send(connection, federation, tmp_path)
     azure.jobs["trial"]["properties"]["status"] = "Completed"

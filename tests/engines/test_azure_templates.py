@@ -14,7 +14,8 @@ VERSIONS = {  # of the resource types, as published
     "Microsoft.Authorization/roleAssignments": "2022-04-01",
     "Microsoft.ContainerRegistry/registries": "2023-07-01",
     "Microsoft.KeyVault/vaults": "2023-07-01",
-    "Microsoft.MachineLearningServices/workspaces": "2024-10-01",
+    # The preview has what keeps keys out of jobs, and makes the network at once.
+    "Microsoft.MachineLearningServices/workspaces": "2024-10-01 2024-10-01-preview",
     "Microsoft.MachineLearningServices/workspaces/computes": "2024-10-01",
     "Microsoft.MachineLearningServices/workspaces/datastores": "2024-10-01",
     "Microsoft.MachineLearningServices/workspaces/outboundRules": "2024-10-01",
@@ -61,7 +62,7 @@ def test_brackets_and_strings_are_closed(path):
 @pytest.mark.parametrize("path", FILES, **by_name)
 def test_types_have_the_versions_we_looked_up(path):
     for kind, version in re.findall(r"'(Microsoft[\w./]+)@([\w-]+)'", code(path)):
-        assert VERSIONS[kind] == version
+        assert version in VERSIONS[kind].split()
 
 
 @pytest.mark.parametrize("path", FILES, **by_name)
@@ -96,9 +97,38 @@ def test_no_key_opens_a_store():
         "adminUserEnabled: true",
     ):
         assert word not in everything
-    assert "allowSharedKeyAccess: false" in code(HERE / "modules/store.bicep")
+    for file in ("store", "workspace"):
+        assert "allowSharedKeyAccess: false" in code(HERE / f"modules/{file}.bicep")
+    workspace = code(HERE / "modules/workspace.bicep")
+    assert "systemDatastoresAuthMode: 'Identity'" in workspace
     datastore = code(HERE / "modules/datastore.bicep")
     assert "credentials: { credentialsType: 'None' }" in datastore
+
+
+def test_every_compute_pulls_images_and_the_private_network_reaches_the_registry():
+    compute = code(HERE / "modules/compute.bicep")
+    assert "if (private)" not in compute and "acrPull" in compute
+    network = code(HERE / "modules/network.bicep")
+    zones = re.search(r"var names = \[(.*)\]", network)[1].split(", ")
+    for kind, zone in (("amlworkspace", 0), ("blob", 2), ("registry", 3)):
+        assert re.search(rf"kind: '{kind}'\n +zones: \[zones\[{zone}\]", network)
+    assert zones[3] == "'privatelink${acr}'"
+
+
+def test_names_that_azure_limits(tmp_path):
+    """3 to 33 characters of an outbound rule: its number; 3 to 32 of a compute."""
+    assert "name: 'store-${i}'" in code(HERE / "modules/routes.bicep")
+    from . import azure_trial
+
+    for bad in ("ab", "x" * 33, "ends-", "1st", "under_score"):
+        content = azure_trial.content()
+        content["silos"][0]["azure_ml"]["compute"] = bad
+        with pytest.raises(ValueError, match=r"line \d+: silos\[0\].azure_ml.compute"):
+            azure_trial.read(tmp_path, content)
+    content = azure_trial.content()
+    content["silos"][0]["azure_ml"]["datastore"] = "Hospital_A"
+    with pytest.raises(ValueError, match="azure_ml.datastore must match"):
+        azure_trial.read(tmp_path, content)
 
 
 def test_a_silo_gets_no_right_on_another_ones_store():

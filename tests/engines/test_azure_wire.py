@@ -37,12 +37,18 @@ def sent(tmp_path_factory):
         trainable=[name for name, _ in model.named_parameters()],
         keep_local=norm_entries(model),
     )
+    checked, check = [], wire.Gate.check
     with pytest.MonkeyPatch.context() as patch:
         send = fake_azure.adapter(fake)
         patch.setattr(requests.adapters.HTTPAdapter, "send", send)
+        patch.setattr(
+            *(wire.Gate, "check"), lambda *all: checked.append(all[1:3]) or check(*all)
+        )
         connection = workspace.connect(fed, credential=fake_azure.Credential())
         workspace.submit(connection, made, approved=made.digest)
     assert not fake.unknown
+    creating = [(c.method, c.path) for c in fake.calls if "blob" not in c.path]
+    assert {c for c in creating if c[0] != "GET" and c[1][0] == "/"} <= set(checked)
     return made, fake.calls
 
 
@@ -225,6 +231,11 @@ NAMED = {  # what is changed: (how, what the refusal says)
     "another silo's compute": (
         graph(lambda p: p["jobs"][A].update(computeId=p["jobs"][B]["computeId"])),
         "computeId"),
+    "a compute by its name only": (
+        graph(lambda p: p["jobs"][A].update(computeId="hospital-a")), "not ours"),
+    "a component by our name of it": (
+        graph(lambda p: p["jobs"][A].update(componentId="component train")),
+        "componentId"),
     "a compute of another workspace": (
         graph(lambda p: p["jobs"][A].update(
             computeId=p["jobs"][A]["computeId"].replace("/ws/", "/other/"))),

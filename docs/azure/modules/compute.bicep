@@ -8,7 +8,9 @@ param vmSize string
 param idle string
 param private bool
 param registry string
+param workspaceStore string
 
+var contributor = 'ba92f5b4-2d11-453d-a403-e96b0029c9fe' // Storage Blob Data Contributor
 var acrPull = '7f951dda-4ed3-4680-a7ca-43fe172d538d'
 var roles = 'Microsoft.Authorization/roleDefinitions'
 
@@ -42,16 +44,31 @@ resource cluster 'Microsoft.MachineLearningServices/workspaces/computes@2024-10-
   }
 }
 
-resource images 'Microsoft.ContainerRegistry/registries@2023-07-01' existing = if (private) {
+resource images 'Microsoft.ContainerRegistry/registries@2023-07-01' existing = {
   name: registry
 }
 
-resource pulls 'Microsoft.Authorization/roleAssignments@2022-04-01' = if (private) {
+resource pulls 'Microsoft.Authorization/roleAssignments@2022-04-01' = {
   name: guid(resourceGroup().id, registry, principal, acrPull)
   scope: images
   properties: {
     principalId: principal
     principalType: 'ServicePrincipal'
     roleDefinitionId: subscriptionResourceId(roles, acrPull)
+  }
+}
+
+// Its jobs' code and logs: without keys, by the identity that they run as.
+resource codeAndLogs 'Microsoft.Storage/storageAccounts@2023-05-01' existing = {
+  name: workspaceStore
+}
+
+resource reads 'Microsoft.Authorization/roleAssignments@2022-04-01' = {
+  name: guid(resourceGroup().id, workspaceStore, principal, contributor)
+  scope: codeAndLogs
+  properties: {
+    principalId: principal
+    principalType: 'ServicePrincipal'
+    roleDefinitionId: subscriptionResourceId(roles, contributor)
   }
 }

@@ -1,13 +1,15 @@
-// The network of those who send runs: it reaches the workspace, the workspace's store and
-// the orchestrator's, by private endpoints. It reaches no silo's store.
+// The network of those who send runs: it reaches the workspace, the workspace's store,
+// the registry and the orchestrator's store, by private endpoints. It reaches no silo's store.
 param prefix string
 param location string
 param workspace string
 param workspaceStore string
 param orchestratorStore string
+param registry string
 
 var suffix = environment().suffixes.storage
-var names = ['privatelink.api.azureml.ms', 'privatelink.notebooks.azure.net', 'privatelink.blob.${suffix}']
+var acr = environment().suffixes.acrLoginServer
+var names = ['privatelink.api.azureml.ms', 'privatelink.notebooks.azure.net', 'privatelink.blob.${suffix}', 'privatelink${acr}']
 
 resource network 'Microsoft.Network/virtualNetworks@2024-01-01' = {
   name: '${prefix}-runner'
@@ -79,6 +81,18 @@ module toOrchestrator 'endpoint.bicep' = {
     target: orchestratorStore
     kind: 'blob'
     zones: [zones[2].id]
+  }
+}
+
+module toRegistry 'endpoint.bicep' = {
+  name: 'to-registry'
+  params: {
+    name: '${prefix}-to-registry'
+    location: location
+    subnet: '${network.id}/subnets/endpoints'
+    target: registry
+    kind: 'registry'
+    zones: [zones[3].id]
   }
 }
 

@@ -1,6 +1,5 @@
 // The only ways out of the workspace's managed network: a private endpoint per store.
 param workspace string
-param names array
 param stores array
 
 resource home 'Microsoft.MachineLearningServices/workspaces@2024-10-01' existing = {
@@ -11,7 +10,7 @@ resource home 'Microsoft.MachineLearningServices/workspaces@2024-10-01' existing
 resource routes 'Microsoft.MachineLearningServices/workspaces/outboundRules@2024-10-01' = [
   for (store, i) in stores: {
     parent: home
-    name: names[i]
+    name: 'store-${i}' // a rule's name has at most 33 characters
     properties: {
       type: 'PrivateEndpoint'
       category: 'UserDefined'

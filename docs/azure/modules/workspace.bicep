@@ -9,6 +9,8 @@ param private bool
 var unique = uniqueString(resourceGroup().id)
 var access = private ? 'Disabled' : 'Enabled'
 var dataScientist = 'f6c7c914-8db3-469d-8ca1-694a8f32e121' // AzureML Data Scientist
+var pushes = '8311e382-0749-4cb8-b61a-304f252e45ec' // AcrPush
+var contributor = 'ba92f5b4-2d11-453d-a403-e96b0029c9fe' // Storage Blob Data Contributor
 var roles = 'Microsoft.Authorization/roleDefinitions'
 
 resource store 'Microsoft.Storage/storageAccounts@2023-05-01' = {
@@ -19,6 +21,7 @@ resource store 'Microsoft.Storage/storageAccounts@2023-05-01' = {
   properties: {
     minimumTlsVersion: 'TLS1_2'
     supportsHttpsTrafficOnly: true
+    allowSharedKeyAccess: false
     allowBlobPublicAccess: false
     publicNetworkAccess: access
     networkAcls: {
@@ -44,20 +47,20 @@ resource vault 'Microsoft.KeyVault/vaults@2023-07-01' = {
   }
 }
 
-// Without one, Azure ML makes a registry when it first builds an environment. It cannot
-// build behind a private network: push the image, see docs/azure-ml.md.
-resource registry 'Microsoft.ContainerRegistry/registries@2023-07-01' = if (private) {
+// For the environments of jobs. Behind a private network Azure ML cannot build them: push
+// or import an image, see docs/azure-ml.md.
+resource registry 'Microsoft.ContainerRegistry/registries@2023-07-01' = {
   name: '${prefix}${unique}'
   location: location
-  sku: { name: 'Premium' }
+  sku: { name: private ? 'Premium' : 'Basic' }
   properties: {
     adminUserEnabled: false
-    publicNetworkAccess: 'Disabled'
+    publicNetworkAccess: access
     networkRuleBypassOptions: 'AzureServices'
   }
 }
 
-resource workspace 'Microsoft.MachineLearningServices/workspaces@2024-10-01' = {
+resource workspace 'Microsoft.MachineLearningServices/workspaces@2024-10-01-preview' = {
   name: '${prefix}-workspace'
   location: location
   kind: 'Default'
@@ -66,10 +69,12 @@ resource workspace 'Microsoft.MachineLearningServices/workspaces@2024-10-01' = {
   properties: {
     storageAccount: store.id
     keyVault: vault.id
-    containerRegistry: private ? registry.id : null
+    containerRegistry: registry.id
     hbiWorkspace: true // less diagnostic data to Microsoft, encrypted scratch disks
     publicNetworkAccess: access
     v1LegacyMode: false
+    systemDatastoresAuthMode: 'Identity' // no key of the workspace's store in any job
+    provisionNetworkNow: private // else it is made with the first machine, which waits
     managedNetwork: {
       isolationMode: private ? 'AllowOnlyApprovedOutbound' : 'Disabled'
     }
@@ -86,8 +91,32 @@ resource sendsRuns 'Microsoft.Authorization/roleAssignments@2022-04-01' = {
   }
 }
 
+// Who sends runs uploads code, and pushes images.
+resource uploads 'Microsoft.Authorization/roleAssignments@2022-04-01' = {
+  name: guid(store.id, runner, contributor)
+  scope: store
+  properties: {
+    principalId: runner
+    principalType: runnerType
+    roleDefinitionId: subscriptionResourceId(roles, contributor)
+  }
+}
+
+resource pushesImages 'Microsoft.Authorization/roleAssignments@2022-04-01' = {
+  name: guid(registry.id, runner, pushes)
+  scope: registry
+  properties: {
+    principalId: runner
+    principalType: runnerType
+    roleDefinitionId: subscriptionResourceId(roles, pushes)
+  }
+}
+
 output id string = workspace.id
 output name string = workspace.name
 output principal string = workspace.identity.principalId
 output store string = store.id
-output registry string = private ? registry.name : ''
+output storeName string = store.name
+output registry string = registry.name
+output registryId string = registry.id
+output registryAddress string = registry.properties.loginServer

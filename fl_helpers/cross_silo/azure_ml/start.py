@@ -23,6 +23,7 @@ SCRIPTS = {
     "silo": ("prepare", "train", "evaluate"),
     "orchestrator": ("initial", "aggregate", "collect"),
 }
+AGAIN = "PYTHON_STARTED_AGAIN"
 OF_THE_SERVICE = ("logs", "outputs", "user_logs", "system_logs", "azureml-logs")
 KEPT = re.compile(  # what training needs; all else may say where a run is tracked
     r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+|CONDA_\w+|OMP_\w+|"

@@ -42,6 +42,7 @@ FREE = [  # where a value may differ, and what it may be: nothing more leaves by
 EMPTY = (None, {}, [], "")  # as good as a key that is not there
 CREATES = re.compile(r"/(jobs|components|codes|schedules|batchEndpoints)/[^/]+(/|$)")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+VERSION = re.compile(r"1|[0-9a-f-]{36}|[0-9a-f]{64}")  # as the SDK makes them up
 
 
 def check_job(job: Any, plan: Plan) -> None:
@@ -137,6 +138,8 @@ class Gate(HTTPAdapter):
     ) -> Iterator[Violation]:
         kind, *rest = below.split("/")
         step = method, kind, len(rest)
+        if len(rest) > 2 and not VERSION.fullmatch(rest[2]):
+            step = ()
         if step == ("POST", "codes", 4) and rest[3] == "startPendingUpload":
             upload = {"pendingUploadType": "TemporaryBlobReference"}
             yield from _differ(body, upload, "the code")
@@ -159,14 +162,13 @@ class Gate(HTTPAdapter):
         if not isinstance(found, dict) or not _spec(plan, kind):
             yield Violation("a component", "it", _short(found), "no such kind of job")
             return
-        spec = found
-        for key in ("code", "environment"):
-            address = str(spec.get(key)).removeprefix("azureml:")
-            spec = spec | {key: self.known.get(address.lower(), spec.get(key))}
-            if key == "environment" and address.startswith("/"):
-                named = _below(address, self.federation, "environments")
-                named = f"azureml:{named.replace('/versions/', ':')}"
-                spec[key] = self.known.get(address.lower(), named)
+        code, environment = str(found.get("code")), str(found.get("environment"))
+        named = environment  # registered, by its name or by its address
+        if environment.startswith("azureml:/subscriptions/"):
+            named = self._ours(environment, "environments").replace("/versions/", ":")
+            named = f"azureml:{named}"
+        made = self._made(environment) or (named if named[:8] == "azureml:" else None)
+        spec = found | {"code": self._made(code), "environment": made}
         legal = {"isAnonymous": True, "isArchived": False, "componentSpec": "compared"}
         about = {
             **body,
@@ -184,13 +186,21 @@ class Gate(HTTPAdapter):
         for name, node in jobs.items():
             nodes[name] = node
             if isinstance(node, dict):
-                compute = str(node.get("computeId"))
-                component = str(node.get("componentId"))
                 nodes[name] = node | {
-                    "computeId": _below(compute, self.federation, "computes"),
-                    "componentId": self.known.get(component.lower(), component),
+                    "computeId": self._ours(str(node.get("computeId")), "computes"),
+                    "componentId": self._made(str(node.get("componentId"))),
                 }
         return found | {"jobs": nodes}
+
+    def _made(self, address: str) -> str | None:
+        """What went through here to an address; None if nothing did."""
+        return self.known.get(address.removeprefix("azureml:").lower())
+
+    def _ours(self, address: str, kind: str) -> str:
+        """The name of what is in this workspace; else an address, never a name."""
+        address = address.removeprefix("azureml:")
+        name = _below(address, self.federation, kind)
+        return name if name != address else f"not ours: {address}"
 
     def note(self, path: str, body: Any, answer: Any) -> None:
         """Remember what was created, by a request that was checked."""

@@ -61,7 +61,8 @@ def connect(federation: Federation, *, credential: Any = None) -> Any:
             "docs/azure-ml.md has the way from an empty subscription"
         )
     gate, session = wire.Gate(federation), requests.Session()
-    session.mount("https://", gate)
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, gate)
     space = federation.azure_ml.workspace
     client = MLClient(
         credential or sign_in(),
@@ -91,6 +92,11 @@ def submit(client: Any, plan: Plan, *, approved: str) -> Any:
     gate = _gates.get(client)
     if gate is None:
         raise TypeError("the client must be one of workspace.connect")
+    if gate.federation.azure_ml.workspace != plan.federation.azure_ml.workspace:
+        ours, other = (f.azure_ml.workspace for f in (gate.federation, plan.federation))
+        raise PlanRefused(
+            [Violation("the plan", "its workspace", str(other), str(ours))]
+        )
     if approved != plan.digest:
         signed = Violation("the plan", "its digest", plan.digest, str(approved))
         raise PlanRefused([signed])
@@ -213,6 +219,26 @@ def download_model(
     found = _download(client, name, folder, "final_model")
     params = exchange.read_model(found, expected)
     return {key: params[key] for key in expected}
+
+
+def register_model(client: Any, plan: Plan, *, name: str) -> Any:
+    """Register the final model of a plan that is completed; a new version of `name`.
+
+    It stays in the orchestrator's store: the version points to the run's output, so
+    that Azure ML shows the run, and its tags are the plan's digest, the report, rounds
+    and silos. A safetensors file, so of the type custom_model: MLflow's own form for
+    PyTorch is a pickle. Returns Azure's model. Raises AzureProblem.
+    """
+    from azure.ai.ml.entities import Model
+
+    outputs = f"azureml://jobs/{plan.name}/outputs"
+    tags = {"plan": plan.digest, "report": f"{outputs}/report"}
+    tags |= {"rounds": str(plan.run.rounds), "run": plan.run.name}
+    tags["silos"] = ", ".join(silo.name for silo in plan.silos)
+    path = f"{outputs}/final_model"
+    model = Model(name=name, path=path, type="custom_model", tags=tags)
+    with in_plain_words(f"model {name!r}"):
+        return client.models.create_or_update(model)
 
 
 def _download(client: Any, name: str, folder: str | Path, output: str) -> Path:
