@@ -195,6 +195,7 @@ STOP = Stop("loss", 2)
         ({"silos": frozenset({"Hospital A"})}, "a run needs 2 silos, got 1"),
         ({"silos": frozenset({"x", "y"})}, r"no such silos: \['x', 'y'\]"),
         ({"quorum": 2}, "no quorum and no stop; rounds.play_rounds has"),
+        ({"secure": True}, "secure sums are for runs on premises"),
         ({"stop": STOP}, "no quorum and no stop; rounds.play_rounds has"),
         ({"limits": Limits()}, "no number test_... may leave"),
     ],

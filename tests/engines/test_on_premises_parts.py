@@ -112,6 +112,9 @@ def test_the_policy_on_one_page(kits, tmp_path):
     gate.allow(kit, params, keep_local=["kept"], metrics=["auroc"])
     may = gate.explain_policy(kit)["what may leave"]
     assert may.startswith("1 entries of one model, 24 bytes; num_examples; auroc, ")
+    assert "secure" not in may
+    gate.allow(kit, params, keep_local=["kept"], secure=True)
+    assert gate.explain_policy(kit)["what may leave"].endswith("; in secure sums only")
     rights = json.loads((kit / "local" / "authorization.json").read_text())
     rights["permissions"]["lead"]["byoc"] = "any"  # it shows what is there
     site.write_local(kit, "authorization.json", rights)

@@ -313,6 +313,8 @@ def _rounds(run: Run, part: Part) -> int:
 
 def _check_run(run: Run, federation: Federation, part: Part) -> None:
     own = federation.azure_ml
+    if run.secure:
+        raise ValueError("secure sums are for runs on premises; here, set secure=False")
     count = len((federation.only(part.silos) if part.silos else federation).silos)
     if count < 2:
         raise ValueError(f"a run needs 2 silos, got {count}")

@@ -98,10 +98,11 @@ def explain_policy(kit: str | Path) -> dict[str, str]:
     components = {part["id"]: part["path"] for part in resources["components"]}
     leaves = "nothing, until the hospital agrees to a model"
     if (local / "egress.json").exists():
-        entries, limits = read_policy(kit)
+        entries, limits, secure = read_policy(kit)
         size = sum(value.nbytes for value in entries.values())
         leaves = f"{len(entries)} entries of one model, {size:,} bytes; num_examples; "
         leaves += ", ".join(sorted(limits.metrics))
+        leaves += "; in secure sums only" if secure else ""
     lists = {
         "who may start a run": [k for k, v in rights.items() if v.get("submit_job")],
         "who may bring code": [k for k, v in rights.items() if v.get("byoc") == "any"],
