@@ -26,6 +26,7 @@ import nbformat
 import papermill
 import psutil
 import yaml
+from machine import circumstances, cpu_seconds
 
 from fl_helpers.record import read_recorded
 
@@ -211,10 +212,6 @@ def refresh(path: Path, parameters: dict[str, Any]) -> None:
 def timings(paths: list[Path]) -> int:
     """Measure notebooks with default and small parameters, rewrite their rows and the
     page; 1 if one took longer than its card says."""
-    sys.path.insert(0, str(ROOT / "tests/benchmarks"))
-    from common import cpu_seconds
-    from run import circumstances
-
     where, slow = circumstances(), []
     small = yaml.safe_load(SMALL.read_text())
     done = {(row["notebook"], row["parameters"]): row for row in read_timings()}

@@ -10,7 +10,6 @@ import gc
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -21,6 +20,9 @@ import torch
 from torch import nn
 
 from fl_helpers.silos import Examples, Silo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from machine import cpu_seconds, free_memory  # noqa: E402, F401
 
 FULL = "--full" in sys.argv
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/benchmarks.csv"
@@ -90,12 +92,6 @@ def summary(runs):
         wall=each(0),
         cpu=each(1),
     )
-
-
-def cpu_seconds():
-    """Of this process and of its children that have ended."""
-    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return sum(sum(resource.getrusage(kind)[:2]) for kind in kinds)
 
 
 def row(case, values, *, unit="ratio", times=None):
@@ -190,15 +186,6 @@ def extra_memory(function):
     before = memory("VmRSS")
     result = function()
     return memory("VmHWM") - before, result
-
-
-def free_memory():
-    (line,) = [
-        line
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    ]
-    return int(line.split()[1]) * 1024
 
 
 def image_silos(num_silos, num_images):

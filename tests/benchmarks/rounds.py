@@ -21,7 +21,8 @@ import engines
 import pandas as pd
 import torch
 from common import ROUNDS_WHERE, read_results, rounds_table
-from run import PAGE, circumstances, fill
+from machine import circumstances
+from run import PAGE, fill
 
 import fl_helpers
 from fl_helpers import exchange

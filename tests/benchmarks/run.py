@@ -9,32 +9,19 @@ Exit code 1 if a ratio is above its bound (common.BOUNDS) by more than its noise
 import csv
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import bench_scale
-from common import FULL, RESULTS, free_memory, read_results, tables
+from common import FULL, RESULTS, read_results, tables
+from machine import circumstances
 
 PAGE = RESULTS.parents[1] / "benchmarks.md"
 COLUMNS = "table case value unit noise pairs goal bound reference_s ours_s".split()
-
-
-def circumstances():
-    """Columns that are the same in all rows: when, where, with what."""
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    machine = f"{os.cpu_count()} cores, {model.group(1)}, " if model else ""
-    machine += f"{free_memory() / 1e9:.0f} GB free, {platform.system()}"
-    where = dict(date=datetime.now(timezone.utc).date().isoformat(), machine=machine)
-    where |= dict(load_before=f"{os.getloadavg()[0]:.1f}")
-    where |= dict(python=platform.python_version())
-    return where | {name: version(name) for name in ("torch", "numpy", "safetensors")}
 
 
 def write(rows, where):

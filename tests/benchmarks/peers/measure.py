@@ -242,7 +242,7 @@ def main():
                     found = measure(name, workload, seed, Path(folder))
                     runs.setdefault((name, workload), []).append(found)
         # Only now: pages of torch in this process would count half in the runs.
-        from run import circumstances
+        from machine import circumstances
         from safetensors.torch import load_file
         from workload import WORKLOADS, test_loss
 
