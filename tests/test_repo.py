@@ -169,7 +169,8 @@ def test_notebooks_take_the_time_on_their_cards():
         most = 60 * min(
             int(row["card_minutes"]), 5 if row["parameters"] == "default" else 1
         )
-        assert int(row["seconds"]) <= most, f"{number}, {row['parameters']}: too slow"
+        if float(row["cores_of_others"]) < 0.3:  # else the seconds say nothing
+            assert int(row["seconds"]) <= most, f"{number}, {row['parameters']}: slow"
         assert int(row["peak_mb"]) > 0
     assert timings_table(rows) in (ROOT / "docs/timings.md").read_text()
 
