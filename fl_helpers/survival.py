@@ -319,9 +319,14 @@ def fit_cox(
 ) -> CoxFit:
     """Fit a Cox model, stratified by silo, by Newton's method on summed derivatives.
 
+    ask: calls a function in every silo and returns the sums.
+    num_features: columns of x.
+    ties: how events at the same time count; Efron's way is the better one.
     ridge: weight of |beta|^2 / 2 in the penalised likelihood, >= 0; fix it before any
         test data are looked at.
     min_events: a silo with fewer events refuses.
+    max_rounds: questions, at most.
+
     Each silo has a baseline hazard of its own, so differences between silos are not
     modelled, and no event time leaves a silo. A step that lowers the likelihood is
     halved. Raises ValueError if it does not converge, which covariates that predict

@@ -347,9 +347,15 @@ def fit_trees(
 ) -> Trees:
     """Fit boosted trees for a yes or no over all silos' rows.
 
-    bins: from `even_bins` or `equal_bins`. min_count: see `silo_histograms`.
-    validate: asks silos about rows that are not trained on; then the fit ends after
-        `patience` trees that do not lower their loss, and the best number is kept.
+    ask: calls a function in every silo and returns the sums.
+    bins: from `even_bins` or `equal_bins`.
+    growth: how many trees, how deep, how fast.
+    min_count: see `silo_histograms`.
+    validate: asks silos about rows that are not trained on; then the fit ends early, and
+        the best number of trees is kept.
+    patience: trees in a row that do not lower the loss of these rows.
+
+    Raises ValueError if all rows are cases, or none, and what a silo raises.
     """
     outcome = ask(silo_outcome, min_count=min_count)
     cases, rows = int(outcome["cases"]), int(outcome["rows"])
