@@ -351,8 +351,8 @@ def fit_trees(
     bins: from `even_bins` or `equal_bins`.
     growth: how many trees, how deep, how fast.
     min_count: see `silo_histograms`.
-    validate: asks silos about rows that are not trained on; then the fit ends early, and
-        the best number of trees is kept.
+    validate: asks silos about rows that are not trained on; then the fit ends early,
+        and the best number of trees is kept.
     patience: trees in a row that do not lower the loss of these rows.
 
     Raises ValueError if all rows are cases, or none, and what a silo raises.

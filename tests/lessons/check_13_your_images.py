@@ -3,18 +3,13 @@
 
 def small(results):
     """Facts that hold with little data and few rounds; wrong if nothing is learned."""
-    assert results["federated"] > 65 and results["local"] > 65  # chance: 50
-    assert results["own_model"] > 40  # chance: 33.3, or 50 with real radiographs
-    assert results["copied"] == 7
+    for scores in results["networks"].values():
+        assert scores["centralized"] > 42  # chance: 33.3
 
 
 def committed(results):
     """What a reader sees on the forge's page, at default parameters."""
-    for source in ("published", "here"):  # FLamby's own figures, and ours
-        means = {a: v[source] for a, v in results["benchmark"].items()}
-        assert means["federated"] + 3 < means["local"]
-    assert results["largest_deviation_from_published"] < 1
-    assert results["worst_hospital"] == "VA Long Beach"  # and it gains most surely
-    assert results["wins"]["federated"]["VA Long Beach"] >= 9  # of 10
-    assert results["wins"]["federated"]["Switzerland"] <= 1
-    assert results["local bias"] > results["federated"] + 3
+    scratch, head = (results["networks"][n] for n in ("from scratch", "head only"))
+    assert head["federated"] > scratch["federated"] + 3  # the pretrained network helps
+    # Three seeds do not promise a gain, and the text says so: no interval is above 0.
+    assert min(results["gain"]["from scratch"]) < 0 > min(results["gain"]["head only"])
