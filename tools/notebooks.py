@@ -298,7 +298,9 @@ def timings_table(rows: list[dict[str, str]]) -> str:
         cells = [link, full["card_minutes"]]
         cells += [row[column] for row in (full, small) for column in columns]
         text += f"| {' | '.join(cells)} |\n"
-    return text
+    known = {row["notebook"] for row in rows}
+    absent = [path.stem for path in select([]) if path.stem not in known]
+    return text + f"\nNot measured yet: {', '.join(absent) or 'none'}.\n"
 
 
 def without_progress(outputs: list[Any]) -> list[Any]:
