@@ -18,6 +18,7 @@ settings.register_profile("calm", deadline=None, suppress_health_check=CALM)
 settings.load_profile("calm")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Of tests that run side by side, a file stays together, servers and browsers run
     one after the other, and each notebook is free to go where there is room."""
