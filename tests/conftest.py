@@ -18,18 +18,6 @@ settings.register_profile("calm", deadline=None, suppress_health_check=CALM)
 settings.load_profile("calm")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Of tests that run side by side, a file stays together, servers and browsers run
-    one after the other, and each notebook is free to go where there is room."""
-    for item in items:
-        markers = {marker.name for marker in item.iter_markers()}
-        if "notebooks" not in markers:
-            alone = markers & {"engines", "browser"} or "engines" in item.path.parts
-            group = "machines" if alone else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """Fix the order of additions, and leave the other core to other work."""
