@@ -114,6 +114,8 @@ def to_plain(run: Run) -> dict[str, Any]:
         plain[key] = sorted(plain[key])
     for key in ("options", "settings"):
         plain[key] = dict(plain[key])
+    if not run.wait_for_quorum:  # as runs were written that did not know it
+        del plain["wait_for_quorum"]
     plain["stop"] = asdict(run.stop) if run.stop else None
     plain["limits"] = asdict(run.limits) | {"metrics": sorted(run.limits.metrics)}
     return plain
