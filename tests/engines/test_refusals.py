@@ -174,7 +174,9 @@ def test_a_task_of_another_kind_is_refused(train):
 def test_jobs_of_older_versions_stay_readable():
     run = Run("x", STATE, rounds=1, seed=1, limits=exchange.Limits(max_norm=1))
     plain = json.loads(json.dumps(to_plain(run)))
-    del plain["wait_for_quorum"]
+    assert "wait_for_quorum" not in plain  # as those were written that do not know it
     assert from_plain(plain).wait_for_quorum == 0
+    patient = to_plain(replace(run, wait_for_quorum=60))
+    assert from_plain(json.loads(json.dumps(patient))).wait_for_quorum == 60
     with pytest.raises(ValueError, match="wait_for_quorum must be an integer >= 0"):
         replace(run, wait_for_quorum=-1)
