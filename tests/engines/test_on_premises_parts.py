@@ -6,7 +6,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +49,7 @@ from fl_helpers.cross_silo.run import Run
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.training import Update
 
-from .conftest import SENT, STATE
+from .conftest import SENT, STATE, wait_until
 
 LIMITS = exchange.Limits()
 EXAMPLE = Path(exchange.__file__).with_name("cross_silo") / "silos.yaml"
@@ -463,29 +465,56 @@ def test_unpack_takes_bytes_only(tmp_path):
 # ---- launcher, executor, controller, fleet
 
 
-def new_worker(code, relaunches):
+def new_worker(code, relaunches, **hour):
     command = [sys.executable, "-S", "-c", code]
-    return worker.Worker(command, dict(os.environ), relaunches)
+    return worker.Worker(command, dict(os.environ), relaunches, **hour)
 
 
-def test_a_worker_that_dies_is_started_again(tmp_path):
+def test_a_worker_that_dies_is_started_again_so_often_in_an_hour(tmp_path):
     count = tmp_path / "count"
     code = f"open({str(count)!r}, 'a').write('x'); import sys; sys.exit(3)"
-    started = new_worker(code, relaunches=1)
-    started.wait()
-    assert count.read_text() == "xx"
+    started = new_worker(code, relaunches=1, hour=1.5)
+    waiting = threading.Thread(target=started.wait)
+    begun = time.monotonic()
+    waiting.start()
+    wait_until(lambda: count.exists() and count.read_text() == "xxx", 30, "3 starts")
+    # The second start is a second after the first; the third an "hour" after that.
+    assert time.monotonic() - begun >= 2.5
     assert started.poll() == JobReturnCode.UNKNOWN  # the run is not failed for all
+    started.terminate()
+    waiting.join(10)
+    assert not waiting.is_alive() and started.over
 
 
 def test_a_worker_that_ends_or_is_stopped_is_not_started_again():
     done = new_worker("pass", relaunches=5)
     done.wait()
-    assert done.poll() == JobReturnCode.SUCCESS and done.left == 5
+    assert done.poll() == JobReturnCode.SUCCESS and not done.restarts and done.over
+    never = new_worker("raise SystemExit(3)", relaunches=0)
+    never.wait()
+    assert never.over and not never.restarts
     stopped = new_worker("import time; time.sleep(60)", relaunches=5)
     stopped.terminate()
     before = time.monotonic()
     stopped.wait()
-    assert time.monotonic() - before < 10 and stopped.left == 5
+    assert time.monotonic() - before < 10 and not stopped.restarts
+
+
+def test_of_jobs_that_are_over_a_kit_keeps_the_logs(tmp_path):
+    jobs = [str(uuid.uuid4()) for _ in range(3)]
+    for name in ("startup", "local", "kept", "secure"):
+        (tmp_path / name / "app").mkdir(parents=True)
+    for job_id in jobs:
+        folder = Path(Workspace(str(tmp_path), "A").get_app_dir(job_id)) / job.CONFIG
+        folder.mkdir(parents=True)
+        (folder / job.INITIAL).write_bytes(b"model")
+        (tmp_path / job_id / "log.txt").write_text("said")
+    worker.remove_models(tmp_path, jobs[2:])
+    left = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob(job.INITIAL)]
+    assert left == jobs[2:]
+    assert sorted(p.parent.name for p in tmp_path.rglob("log.txt")) == sorted(jobs)
+    for name in ("local", "kept", "secure"):
+        assert (tmp_path / name / "app").exists()
 
 
 def test_a_process_ends_with_its_parent(tmp_path):

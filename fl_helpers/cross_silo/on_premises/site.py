@@ -34,8 +34,8 @@ class Site:
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
-    worker that died is started again within a run. epsilon, delta: its privacy budget,
-    for a client function that trains with one; no run can change it.
+    worker that died is started again within an hour; 0 is never. epsilon, delta: its
+    privacy budget, for a client function that trains with one; no run can change it.
     """
 
     silo: str
