@@ -356,8 +356,9 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     (code / "app" / "custom").mkdir()
     (code / "app" / "custom" / "mine.py").write_text("print('hello')")
     sent = fleet.session.submit_job(str(code))
-    wait_until(lambda: runs._verdict(fleet.session, sent), 30, "the server refuses it")
-    assert "FAILED_TO_RUN" in runs._verdict(fleet.session, sent)
+    line = runs.Line(fleet.session, runs.Patience())
+    wait_until(lambda: line.verdict(sent), 30, "the server refuses it")
+    assert "FAILED_TO_RUN" in line.verdict(sent)
     other = job.write_job(run, tmp_path / "class", silos)
     config = other / "app" / "config" / "config_fed_client.json"
     stock = "nvflare.app_common.np.np_trainer.NPTrainer"
