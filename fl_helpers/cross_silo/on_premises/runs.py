@@ -159,6 +159,8 @@ class _Watch:
         with contextlib.suppress(ValueError, KeyError):  # torn: it was not begun
             known = json.loads(path.read_text(encoding="utf-8"))
             job, seen = str(known["job"]), int(known["seen"])
+            if any(each["event"] in LAST for each in new_events(self.log, seen)[0]):
+                return  # it is over, even if the engine takes a while to say so
             while (lives := self.line.lives(job)) is None:
                 yield from self.line.silence()
                 self.pause(1)
@@ -180,8 +182,8 @@ class _Watch:
             if now > end:
                 raise RunError(
                     f"run {self.run.name!r}: {missing} are not connected, the quorum "
-                    f"is {needed}: their logs say why, look at certificates and network "
-                    "first; then run the same lines again"
+                    f"is {needed}: their logs say why, look at network and dates of "
+                    "certificates; then run the same lines again"
                 )
             if now - said > self.line.patience.silence:
                 said = now
