@@ -42,7 +42,6 @@ PAUSE = 10  # seconds before a silo that refused is asked the same again
 
 class RoundController(Controller):
     """The run of its job; a silo is called "site" where NVFlare's name of it is meant.
-
     Writes into `runs/<name>/` of the server's kit, see `record.Record`.
     """
 
@@ -53,7 +52,7 @@ class RoundController(Controller):
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.lock = threading.Lock()  # answers come in by several threads
         self.there = Attendance({})
-        self.rounds_done = 0
+        self.rounds_done = 0  # and saved
         self.started = 0.0  # when the last task went out
         self.bytes_down = 0  # of the model in it
         self.sent = 0  # bytes of models in this round

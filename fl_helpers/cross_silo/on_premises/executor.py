@@ -6,6 +6,7 @@ How the model is built and where the data are is the silo's own setting
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -67,7 +68,8 @@ class SiteExecutor(Executor):
             round_of(shareable)
             self.client = self.client or _load_client(kit, self.job)
             if self.job.run.secure:
-                self.sums = self.sums or SecureSite(self.job, kit, self.client)
+                with blamed("KIT_DAMAGED", json.JSONDecodeError, OSError):
+                    self.sums = self.sums or SecureSite(self.job, kit, self.client)
                 answer = self.sums.answer(task_name, shareable, self._answer)
             else:
                 answer = self._answer(task_name, shareable, kit)

@@ -69,25 +69,7 @@ def play(
         yield _event("certificate", reason=problem)
     folder = write_job(run, jobs.resolve(), silos)  # else the engine looks elsewhere
     yield from watch.attach()
-    left = patience.restarts
-    while True:
-        try:
-            if not watch.job:
-                yield from watch.gather()
-                yield from watch.submit(folder)
-            for event in watch.follow():
-                left = patience.restarts if event["event"] == "round_end" else left
-                yield event
-            return
-        except _GivenUp as error:
-            if not left:
-                raise RunError(
-                    f"run {run.name!r} ended {patience.restarts + 1} times without a "
-                    f"round between, as {error}; the server's log says which silo "
-                    "reported a failure"
-                ) from None
-            left, watch.job = left - 1, ""
-            yield _event("restart", reason=str(error))
+    yield from watch.play(folder)
 
 
 def result(run: Run, server_kit: Path) -> Params:
@@ -150,6 +132,29 @@ class _Watch:
                 f"run {self.run.name!r} is not over in the time it was given"
             )
         time.sleep(seconds)
+
+    def play(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """Follow the job that there is, or a new one, and another after it if that is
+        given up. folder: what a new one is made of."""
+        restarts = left = self.line.patience.restarts
+        while True:
+            try:
+                if not self.job:
+                    yield from self.gather()
+                    yield from self.submit(folder)
+                for event in self.follow():
+                    left = restarts if event["event"] == "round_end" else left
+                    yield event
+                return
+            except _GivenUp as error:
+                if not left:
+                    raise RunError(
+                        f"run {self.run.name!r} ended {restarts + 1} times without a "
+                        f"round between, as {error}; the server's log says which silo "
+                        "reported a failure"
+                    ) from None
+                left, self.job = left - 1, ""
+                yield _event("restart", reason=str(error))
 
     def attach(self) -> Iterator[dict[str, Any]]:
         """Take the job that was started before, if it still plays the run."""
