@@ -91,7 +91,10 @@ def test_a_model_that_was_not_agreed_to_is_refused(train, kit):
 @pytest.mark.parametrize("content", ["", '{"silo": "Hosp', "[]", "{}"])
 def test_a_damaged_file_of_a_kit_is_named(train, kit, caplog, name, content):
     (kit / "local" / name).write_text(content)
-    assert train(0).get_return_code() == "KIT_DAMAGED"
+    answer = train(0)
+    assert answer.get_return_code() == "KIT_DAMAGED"
+    assert through(kit, answer).get_return_code() == "KIT_DAMAGED"
+    assert [e["what"] for e in ledger(kit)] == ["code KIT_DAMAGED"]
     assert str(kit / "local" / name) in caplog.text
     assert re.search("backup|harden|gate.allow", caplog.text)
 
