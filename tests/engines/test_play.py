@@ -233,7 +233,7 @@ def test_who_the_job_could_not_be_given_to_is_said_and_why(folder):
 
     def partial(job):
         found = meta(job)
-        detail = ["server: OK", "Hospital-A: failed to stage app app"]
+        detail = ["server: OK", "Hospital-A: NVFLARE_ERROR: failed to stage app app"]
         return found | {"job_deploy_detail": detail}
 
     server.get_job_meta, found = partial, []
