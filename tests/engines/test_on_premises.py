@@ -366,7 +366,7 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     content["executors"][0]["executor"] = {"path": stock, "args": {}}
     config.write_text(json.dumps(content))
     sent = fleet.session.submit_job(str(other))
-    wait_until(lambda: line.verdict(sent), 30, "all hospitals refuse it")
+    wait_until(lambda: line.verdict(sent), 60, "all hospitals refuse it")
     assert "FAILED_TO_RUN" in line.verdict(sent)
     codes = line.left_out(sent, fleet.sites).values()
     assert len(codes) == 3 and all(c.startswith("CLASS_REFUSED (") for c in codes)
@@ -380,7 +380,7 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     restart(fleet, "Hospital-B")
     sent = fleet.session.submit_job(str(other))
     why = f"{stock}' at config path"
-    wait_until(lambda: why in log_of(fleet, "Hospital-B"), 30, "the worker refuses it")
+    wait_until(lambda: why in log_of(fleet, "Hospital-B"), 60, "the worker refuses it")
     fleet.session.abort_job(sent)
     path.write_text(before)
     restart(fleet, "Hospital-B")
