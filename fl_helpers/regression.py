@@ -68,6 +68,8 @@ class Fit:
 class TooFewRows(ValueError):
     """A silo's refusal: its sums would describe too few patients."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
 
 def _design(data: Table, beta: Sequence[float], min_rows: int) -> np.ndarray:
     """The rows with a column of ones in front, checked."""

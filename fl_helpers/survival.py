@@ -68,6 +68,8 @@ def _check_events(data: Survival, min_events: int) -> None:
 class TooFewEvents(ValueError):
     """A silo's refusal: its sums would describe too few patients with an event."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
 
 # -- Kaplan-Meier
 

@@ -30,6 +30,8 @@ LEAF |= {"right": -1, "value": 0.0, "gain": 0.0, "rows": 0}
 class TooFew(ValueError):
     """A silo's refusal: its sums would describe too few patients."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
 
 @dataclass(frozen=True)
 class Bins:
