@@ -32,6 +32,7 @@ from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.fixed_point import encode
 from fl_helpers.cross_silo.hospital import load_silo
 from fl_helpers.cross_silo.on_premises import (
+    analyses,
     controller,
     executor,
     gate,
@@ -139,6 +140,7 @@ def test_the_servers_policy(kits):
     local = kits / "server" / "local"
     resources = json.loads((local / "resources.json").read_text())
     allowed = [controller.RoundController, secure_controller.SecureController]
+    allowed += [analyses.QuestionController]
     assert resources["class_allow_list"] == [path_of(kind) for kind in allowed]
     assert path_of(HubGuard) in {part["path"] for part in resources["components"]}
     stores = [resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"]]

@@ -26,7 +26,12 @@ from fl_helpers import exchange
 from fl_helpers.cross_silo.on_premises.site import read_site, write_local
 from fl_helpers.training import Update
 
-CODES = ("SECURE_SUM_DENIED", "PRIVACY_BUDGET_SPENT")  # beside those of the engine
+CODES = (  # beside those of the engine
+    "SECURE_SUM_DENIED",
+    "PRIVACY_BUDGET_SPENT",
+    "QUESTION_DENIED",
+    "TOO_FEW",
+)
 SEALED = exchange.Limits(metrics=frozenset({"attempt"}))  # of a masked update
 
 
@@ -134,6 +139,18 @@ class Unreleased:
         self.start, self.seal = start, seal
 
 
+class Sums:
+    """A hospital's answer to a question of an analysis, see `questions.release`.
+
+    number: of the question in its run. rows: patients that the answer is about."""
+
+    __slots__ = ("arrays", "number", "question", "rows")
+
+    def __init__(self, arrays: Any, number: int, question: Any, rows: int) -> None:
+        self.arrays, self.number = arrays, number
+        self.question, self.rows = question, rows
+
+
 class Spoken:
     """A short message of the protocol of secure sums: a silo's hello, or its mask."""
 
@@ -169,6 +186,10 @@ class EgressGate(Filter):
         try:
             if type(found) is Spoken:
                 return _speak(ledger, found, silo)
+            if type(found) is Sums:
+                from fl_helpers.cross_silo.on_premises import questions  # large
+
+                return questions.release(kit, found, silo, ledger)
             if type(found) is not Unreleased or type(found.round_index) is not int:
                 raise TypeError("the result is not an update of a round")
             task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
