@@ -36,7 +36,7 @@ def write_patients(folder, silo):
     rows = pd.DataFrame(heart.x[mine], columns=list(heart.features))
     rows = rows.rename(columns={"sex_male": "sex"}).assign(disease=heart.y[mine])
     noise = rng.normal(size=len(rows))
-    rows["score"] = 1 / (1 + np.exp(-rows.st_depression - rows.exercise_angina + noise))
+    rows["score"] = 1 / (1 + np.exp(-(rows.disease - 0.5) - noise))  # 0 to 1
     rows["group"] = (rows.age > 60) * 1
     rows["days"] = np.ceil(rng.exponential(400, len(rows)))
     rows["died"] = (rng.random(len(rows)) < 0.5) * 1

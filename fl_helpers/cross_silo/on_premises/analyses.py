@@ -120,7 +120,8 @@ class EngineAsk:
 
         table: a name that the hospitals' `Tables` have; "" is that of the function's
         module. where: {column: (lowest, highest)}, None for no limit.
-        Raises ValueError for silos that are not known, or fewer than the quorum.
+        silos: some of those here; the quorum is then no more than their number.
+        Raises ValueError for others, and for none.
         """
         chosen = self.silos if silos is None else silos
         if {*chosen} - {*self.silos} or not chosen:
@@ -140,6 +141,7 @@ class EngineAsk:
         name = f"{function.__module__}:{function.__name__}"
         question = Question(name, plain(settings), self.table, plain(self.where))
         event = self._send(question)
+        answers = self._read(event, name)
         codes = {k: v for k, v in event["codes"].items() if k in self.silos}
         left = [silo for silo in self.silos if silo not in codes]
         if codes and (self.asked or len(left) < self.quorum):
@@ -148,7 +150,7 @@ class EngineAsk:
             )
         self.asked, self.silos = True, tuple(left)
         self.left_out |= codes
-        return self._read(event, name)
+        return answers
 
     def _send(self, question: Question) -> dict[str, Any]:
         """Put a question into the server's box; what the server says of it."""
