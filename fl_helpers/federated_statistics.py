@@ -152,7 +152,10 @@ def local_table(
     return found
 
 
-def _numbers(silo: str, name: str, values: np.ndarray) -> np.ndarray:
+def _numbers(
+    silo: str, name: str, values: np.ndarray, *, keep: bool = False
+) -> np.ndarray:
+    """As float64; keep: with the missing ones, too."""
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except ValueError:
@@ -160,7 +163,7 @@ def _numbers(silo: str, name: str, values: np.ndarray) -> np.ndarray:
             f"silo {silo!r}, column {name!r} holds text; give numbers, or list it in "
             "categories"
         ) from None
-    return numbers[~np.isnan(numbers)]
+    return numbers if keep else numbers[~np.isnan(numbers)]
 
 
 def _unless_small(count: int, limit: int) -> int:
@@ -313,7 +316,7 @@ def silo_sketch(
     (64 / rows) ** 0.5, so a silo with fewer than 64 rows refuses, min_rows can only ask
     for more, and no setting changes the hash: asking again tells nothing new.
     """
-    columns = [np.asarray(data[name], dtype=np.float64) for name in sorted(data)]
+    columns = [_numbers("asked", name, data[name], keep=True) for name in sorted(data)]
     table = np.column_stack(columns) + 0.0  # -0.0 is 0.0
     if len(table) < max(min_rows, SKETCH):
         raise TooFew(f"fewer than {max(min_rows, SKETCH)} rows; no sketch of so few")

@@ -39,6 +39,8 @@ class Survival(NamedTuple):
 def check_survival(data: Survival) -> None:
     """Raise ValueError, with how many rows, for data that no analysis should take."""
     time, event, x = (np.asarray(part) for part in data)
+    if not {time.dtype.kind, x.dtype.kind} <= {*"biuf"}:
+        raise ValueError("time and x must be numbers, one of them holds text")
     if not (time.ndim == event.ndim == 1 and x.ndim == 2):
         raise ValueError("time and event must be [N] and x [N, F]")
     if not len(time) == len(event) == len(x):
