@@ -427,3 +427,20 @@ def test_the_message_of_a_question_is_plain(tmp_path):
     asked = read_question(written["question"])
     assert asked == Question(LINEAR, {"beta": [0.0, 0.0]}, "x", {"age": [65, None]})
     assert isinstance(Shareable({"question": written["question"]}), dict)
+
+
+def test_what_the_rules_do_not_stop(kit):
+    """Two answers about all patients whose difference is the row of one of them.
+
+    With steep coefficients a gradient is a sum over y minus those on one side of a
+    line; between two lines lies one patient. docs/security.md says so.
+    """
+    allow_questions(kit)
+    x = np.sort(rows().x[:, 0])
+    cuts = (x[20] + x[21]) / 2, (x[21] + x[22]) / 2
+    name = "fl_helpers.regression:silo_logistic"
+    sent = [
+        ask(kit, name, beta=[-1e6 * cut, 1e6, 0.0]).arrays["gradient"] for cut in cuts
+    ]
+    patient = rows().x[np.flatnonzero(rows().x[:, 0] == x[21])[0]]
+    np.testing.assert_allclose(sent[1] - sent[0], [1, *patient], rtol=1e-9)
