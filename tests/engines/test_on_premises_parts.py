@@ -38,6 +38,7 @@ from fl_helpers.cross_silo.on_premises import (
     gate,
     job,
     provision,
+    questions,
     runs,
     secure_controller,
     site,
@@ -116,6 +117,13 @@ def test_the_policy_on_one_page(kits, tmp_path):
     assert "secure" not in may
     gate.allow(kit, params, keep_local=["kept"], secure=True)
     assert gate.explain_policy(kit)["what may leave"].endswith("; in secure sums only")
+    questions.allow_questions(kit, minimum=20)
+    page = gate.explain_policy(kit)
+    assert page["which class may answer"].endswith(questions.EXECUTOR)
+    assert page["what may leave"].endswith(
+        f"; answers of {len(questions.KNOWN)} functions of an analysis, about 20 "
+        "patients or more"
+    )
     rights = json.loads((kit / "local" / "authorization.json").read_text())
     rights["permissions"]["lead"]["byoc"] = "any"  # it shows what is there
     site.write_local(kit, "authorization.json", rights)

@@ -252,8 +252,11 @@ def test_a_cohort_is_its_rows_and_differences_are_refused(kit):
     ask(kit)  # 30 more
     with pytest.raises(TooFew, match="differs from that of"):
         ask(kit, where={"row": (1, None)})  # all but one
-    with pytest.raises(TooFew, match="fewer than 10 rows"):
+    with pytest.raises(TooFew, match="fewer than 10 rows") as few:
         ask(kit, where={"row": (None, 8)})
+    with pytest.raises(TooFew) as none:  # the same, or one could ask who is there
+        ask(kit, where={"row": (99, None)})
+    assert str(few.value) == str(none.value)
     with pytest.raises(Denied, match="no such table or column"):
         ask(kit, where={"name": (0, 1)})
     with pytest.raises(Denied, match="no such table or column"):

@@ -108,6 +108,10 @@ def explain_policy(kit: str | Path) -> dict[str, str]:
         leaves = f"{len(entries)} entries of one model, {size:,} bytes; num_examples; "
         leaves += ", ".join(sorted(limits.metrics))
         leaves += "; in secure sums only" if secure else ""
+    if (local / "questions.json").exists():
+        rules = read("questions.json")
+        leaves += f"; answers of {len(rules['functions'])} functions of an analysis, "
+        leaves += f"about {rules['minimum']} patients or more"
     lists = {
         "who may start a run": [k for k, v in rights.items() if v.get("submit_job")],
         "who may bring code": [k for k, v in rights.items() if v.get("byoc") == "any"],

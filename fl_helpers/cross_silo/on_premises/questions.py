@@ -34,7 +34,7 @@ from fl_helpers import (
     trees,
     validation,
 )
-from fl_helpers.analysis import CohortLedger, as_arrays, check_count
+from fl_helpers.analysis import CohortLedger, TooFew, as_arrays
 from fl_helpers.cross_silo.on_premises.gate import Sums, pack
 from fl_helpers.cross_silo.on_premises.site import HERE, write_local
 from fl_helpers.training import Update
@@ -251,11 +251,18 @@ def answer(kit: Path, silo: str, tables: Tables, text: Any, number: Any) -> Sums
     with (path.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several runs may ask at once
         _note(kit, text, number)
+        _check_rows(int(chosen.sum()), rules)
         about = f"{question.function} {json.dumps(dict(question.where))}"
         CohortLedger(path, minimum=rules.minimum).admit(chosen, about=about)
     with _limited(MEMORY):
         arrays = as_arrays(silo, function(data, **settings))
     return Sums(arrays, number, question, int(chosen.sum()))
+
+
+def _check_rows(rows: int, rules: Rules) -> None:
+    """Also of none: else it would show whether there is such a patient."""
+    if rows < rules.minimum:
+        raise TooFew(f"fewer than {rules.minimum} rows, or none")
 
 
 def _note(kit: Path, text: str, number: int) -> None:
@@ -292,7 +299,7 @@ def release(kit: Path, found: Sums, silo: str, ledger: exchange.Ledger) -> Share
     """
     rules = read_rules(kit)
     rules.check(found.question)
-    check_count(found.rows, minimum=rules.minimum)
+    _check_rows(found.rows, rules)
     name = found.question.function
     params = {
         f"{name} {key}": torch.from_numpy(
