@@ -32,8 +32,9 @@ from fl_helpers.analysis import Arrays, add_answers
 from fl_helpers.cross_silo import turn
 from fl_helpers.cross_silo.on_premises import job, runs
 from fl_helpers.cross_silo.on_premises.controller import RoundController
-from fl_helpers.cross_silo.on_premises.gate import Sums, code_of
+from fl_helpers.cross_silo.on_premises.gate import Sums
 from fl_helpers.cross_silo.on_premises.guards import SiteGuard
+from fl_helpers.cross_silo.on_premises.line import Line, Patience
 from fl_helpers.cross_silo.on_premises.questions import (
     ANSWER,
     EXECUTOR,
@@ -45,6 +46,7 @@ from fl_helpers.cross_silo.on_premises.questions import (
     read_rules,
 )
 from fl_helpers.cross_silo.on_premises.record import Record
+from fl_helpers.cross_silo.on_premises.refusals import code_of
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.on_premises.site import ANALYSES, read_site, site_name
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
@@ -66,6 +68,7 @@ class Analysis:
     quorum: int | None = None
     deadline: int = 60
     idle: int = 1800
+    wait_for_quorum = 0  # as `run.Run` has it: an analysis does not wait
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", self.name):
@@ -208,14 +211,15 @@ def asking(
     folder = write_analysis(analysis, jobs.resolve(), silos)
     content = json.loads((folder / "app" / job.CONFIG / job.RUN).read_text())
     record = server_kit / PLACE / analysis.name
-    events = runs._play_once(
-        analysis, session, folder, record / "events.jsonl", check,
-        time.monotonic() + timeout,
-    )  # fmt: skip
+    line = Line(session, Patience())
+    watch = runs._Watch(analysis, line, [*silos], record, check)
+    watch.end = time.monotonic() + timeout
+    events = _events(watch, folder)
     box = record / content["id"]
     box.mkdir(parents=True)
     try:
-        next(events)  # "start": the engine has begun
+        while next(events)["event"] != "start":  # then the engine has begun
+            pass
         yield EngineAsk(box, events, silos, analysis.quorum or len(silos))
         (box / END).touch()
         for _ in events:
@@ -224,6 +228,11 @@ def asking(
         raise RunError(f"analysis {analysis.name!r} ended as {error}") from None
     finally:
         events.close()  # aborts the run if it is not over
+
+
+def _events(watch: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    yield from watch.submit(folder)
+    yield from watch.follow()
 
 
 def write_analysis(analysis: Analysis, jobs: Path, silos: Collection[str]) -> Path:
@@ -316,7 +325,7 @@ class QuestionExecutor(Executor):
             found = self._answer(kit, shareable)
         except Exception as error:  # its text may name a patient: it stays in the log
             self.logger.exception(f"task {task_name!r} was not answered")
-            return make_reply(code_of(error, ReturnCode.EXECUTION_EXCEPTION))
+            return make_reply(code_of(error))
         result = make_reply(ReturnCode.OK)
         result["update"] = found
         return result

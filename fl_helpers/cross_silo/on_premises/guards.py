@@ -13,11 +13,14 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey as Header
 from nvflare.fuel.f3.cellnet.defs import MessagePropKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
+
+from fl_helpers.cross_silo.on_premises import certificates
 
 SERVER = "server"  # first part of the name of each of the server's processes
 REFUSED_TOPICS = frozenset({"sys.shell"})  # browsing a hospital's files
@@ -69,9 +72,16 @@ class _Guard(FLComponent):
 
 
 class HubGuard(_Guard):
-    """Server: a message comes from who it says, and starts or ends at the server."""
+    """Server: a message comes from who it says, and starts or ends at the server. It
+    also says what is wrong with the server's certificates."""
 
     install_with = "add_incoming_filter"
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        super().handle_event(event_type, fl_ctx)
+        if event_type == EventType.SYSTEM_BOOTSTRAP:
+            kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
+            certificates.watch(kit, self.logger.error)
 
     def allows(self, message: Message, sender: str, origin: str, target: str) -> bool:
         return sender in (origin, SERVER) and SERVER in (origin, target)

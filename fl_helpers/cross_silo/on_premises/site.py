@@ -19,7 +19,17 @@ CONTROLLERS = (  # of a plain run, of a secure one
     f"{HERE}.secure_controller.SecureController",
 )
 ANALYSES = f"{HERE}.analyses.QuestionController"
+CLASSES = (f"{HERE}.executor.SiteExecutor",)  # that a job may name at a hospital
+CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
+INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
+FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
+
+
+class Damaged(ValueError):
+    """A file of a kit cannot be read; the message says which, and what to do."""
+
+    code = "KIT_DAMAGED"  # all that leaves a hospital of it
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,10 @@ class Site:
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
-    worker that died is started again within a run. tables: the function that brings its
-    rows to an analysis, named like client; "" is none. epsilon, delta: its privacy
-    budget, for a client function that trains with one; no run can change it.
+    worker that died is started again within an hour; 0 is never. tables: the function
+    that brings its rows to an analysis, named like client; "" is none. epsilon, delta:
+    its privacy budget, for a client function that trains with one; no run can change
+    it.
     """
 
     silo: str
@@ -55,14 +66,13 @@ def site_name(silo: str) -> str:
 
 
 def read_site(kit: str | Path) -> Site:
-    """The silo's settings; ValueError for those of a kit that was hardened before.
-
-    TypeError for keys that are missing or not known.
+    """The silo's settings; ValueError for those of a kit that was hardened before, or
+    that is damaged. TypeError for keys that are missing or not known.
     """
     path = Path(kit) / "local" / "site.json"
-    found = json.loads(path.read_text())
+    found = read_local(kit, path.name)
     if (version := found.pop("version", 1)) != VERSION:
-        raise ValueError(
+        raise Damaged(
             f"{path} is of version {version}, this code takes {VERSION}: harden the "
             "kit again with `harden_site`, see docs/on-premises.md, A new version"
         )
@@ -90,7 +100,8 @@ def harden_site(
     resources = {
         "format_version": 2,
         "class_list_enforcement_mode": "enforce",
-        "class_allow_list": [f"{HERE}.executor.SiteExecutor"],
+        "class_allow_list": list(CLASSES),
+        "app_validator": {"path": f"{HERE}.validator.JobValidator", "args": {}},
         "allow_log_streaming": False,
         "client": {"retry_timeout": 30},
         "components": [
@@ -148,6 +159,22 @@ def write_local(kit: str | Path, name: str, content: Any) -> None:
     """Write one of the files of a kit's `local/` folder."""
     path = Path(kit) / "local" / name
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_local(kit: str | Path, name: str) -> dict[str, Any]:
+    """One of the files of a kit's `local/` folder; Damaged if it cannot be read."""
+    path = Path(kit) / "local" / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = "it must be a JSON object"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise Damaged(
+        f"{path} is missing or damaged ({reason}): bring it back from a backup, or "
+        "harden the kit again, docs/on-premises.md, Kits"
+    )
 
 
 def _component(id: str, path: str, args: Mapping[str, Any] | None = None) -> Any:
