@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from fl_helpers import regression, survival, trees, validation
-from fl_helpers.cross_silo.on_premises.questions import Tables
+from fl_helpers.cross_silo.turn import Tables
 
 PATIENTS = "patients.csv"  # a row per patient
 OUTCOME = "disease"  # 0 or 1

@@ -20,13 +20,13 @@ from fl_helpers.cross_silo.on_premises.questions import (
     Denied,
     Question,
     Rules,
-    Tables,
     allow_questions,
     answer,
     expected_of,
     read_question,
     read_rules,
 )
+from fl_helpers.cross_silo.turn import Tables
 
 pytestmark = pytest.mark.engines
 LINEAR = "fl_helpers.regression:silo_linear"

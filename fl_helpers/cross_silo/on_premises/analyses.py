@@ -40,7 +40,6 @@ from fl_helpers.cross_silo.on_premises.questions import (
     EXECUTOR,
     Denied,
     Question,
-    Tables,
     answer,
     expected_of,
     read_rules,
@@ -311,7 +310,7 @@ class QuestionExecutor(Executor):
         super().__init__()
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.guard = SiteGuard()
-        self.tables: Tables | None = None
+        self.tables: turn.Tables | None = None
         end_with_parent()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

@@ -37,6 +37,7 @@ from fl_helpers import (
 from fl_helpers.analysis import CohortLedger, TooFew, as_arrays
 from fl_helpers.cross_silo.on_premises.gate import Sums, pack
 from fl_helpers.cross_silo.on_premises.site import HERE, write_local
+from fl_helpers.cross_silo.turn import Tables
 from fl_helpers.training import Update
 
 KNOWN: dict[str, Callable[..., Mapping[str, Any]]] = {
@@ -188,36 +189,22 @@ def read_rules(kit: str | Path) -> Rules:
 # -- the hospital's rows
 
 
-@dataclass(frozen=True)
-class Tables:
-    """What a hospital's own function brings, see `hospital_tables.load_tables`.
-
-    patients: how many. tables: what functions take, by the name of their module or any
-    other. rows: bool [patients], for a table that holds only some of them. columns:
-    [patients] numbers each, by which a question may choose a cohort.
-    """
-
-    patients: int
-    tables: Mapping[str, Any]
-    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def cohort(self, question: Question) -> tuple[Any, np.ndarray]:
-        """The rows that a question is about, and whose they are, bool [patients]."""
-        module = question.function.partition(":")[0].rpartition(".")[2]
-        name = question.table or module
-        if name not in self.tables or not question.where.keys() <= self.columns.keys():
-            raise Denied("this hospital has no such table or column")
-        data, inside = self.tables[name], np.ones(self.patients, dtype=bool)
-        inside = np.asarray(self.rows.get(name, inside))
-        if _length(data) != inside.sum() or inside.shape != (self.patients,):
-            raise ValueError(f"table {name!r} does not have the rows that `rows` says")
-        chosen = inside.copy()
-        for column, (low, high) in question.where.items():
-            value = np.asarray(self.columns[column], dtype=np.float64)
-            chosen &= value >= (-math.inf if low is None else low)
-            chosen &= value <= (math.inf if high is None else high)
-        return (_some(data, chosen[inside]) if question.where else data), chosen
+def cohort(tables: Tables, question: Question) -> tuple[Any, np.ndarray]:
+    """The rows that a question is about, and whose they are, bool [patients]."""
+    module = question.function.partition(":")[0].rpartition(".")[2]
+    name = question.table or module
+    if name not in tables.tables or not question.where.keys() <= tables.columns.keys():
+        raise Denied("this hospital has no such table or column")
+    data, inside = tables.tables[name], np.ones(tables.patients, dtype=bool)
+    inside = np.asarray(tables.rows.get(name, inside))
+    if _length(data) != inside.sum() or inside.shape != (tables.patients,):
+        raise ValueError(f"table {name!r} does not have the rows that `rows` says")
+    chosen = inside.copy()
+    for column, (low, high) in question.where.items():
+        value = np.asarray(tables.columns[column], dtype=np.float64)
+        chosen &= value >= (-math.inf if low is None else low)
+        chosen &= value <= (math.inf if high is None else high)
+    return (_some(data, chosen[inside]) if question.where else data), chosen
 
 
 def _length(data: Any) -> int:
@@ -245,7 +232,7 @@ def answer(kit: Path, silo: str, tables: Tables, text: Any, number: Any) -> Sums
         raise Denied("a question has a number")
     question, rules = read_question(text), read_rules(kit)
     function, settings = rules.check(question)
-    data, chosen = tables.cohort(question)
+    data, chosen = cohort(tables, question)
     path = kit / COHORTS
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / "lock").open("w") as lock:
