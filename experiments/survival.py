@@ -123,20 +123,8 @@ def compare_network(seed: int) -> dict[str, float]:
     return {key: np.round(np.mean(value), 4) for key, value in found.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path)
-    parser.add_argument("--network", action="store_true")
-    options = parser.parse_args()
-    if options.network:
-        rows = [compare_network(seed) for seed in SEEDS]
-        table = pd.DataFrame(rows).astype({"seed": int})
-        table.to_csv(NETWORK, index=False, lineterminator="\n")
-        print(table.to_string())
-        return
-    if options.root is None:
-        parser.error("--root FOLDER of your copy, or --network")
-    train, test = load_brca(options.root)
+def compare(train: dict[str, Survival], test: dict[str, Survival]) -> list[dict]:
+    """Rows of RESULTS that are computed here."""
     size = next(iter(train.values())).x.shape[1]
     large = {name: data for name, data in train.items() if data.event.sum() >= 10}
     fits = {
@@ -151,6 +139,24 @@ def main() -> None:
         if name in large:
             fit = fit_cox(ask_silos({name: data}), size, ridge=RIDGE)
             rows.append(row(f"{name} alone", "here", fit, test))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--network", action="store_true")
+    options = parser.parse_args()
+    if options.network:
+        rows = [compare_network(seed) for seed in SEEDS]
+        table = pd.DataFrame(rows).astype({"seed": int})
+        table.to_csv(NETWORK, index=False, lineterminator="\n")
+        print(table.to_string())
+        return
+    if options.root is None:
+        parser.error("--root FOLDER of your copy, or --network")
+    train, test = load_brca(options.root)
+    rows = compare(train, test)
     rows += [row(method, "FLamby", None, test) for method in PUBLISHED]
     table = pd.DataFrame(rows).astype({"rounds": "Int64"})
     table.to_csv(RESULTS, index=False, lineterminator="\n")

@@ -33,6 +33,8 @@ class Ask(Protocol):
 class TooFew(ValueError):
     """A silo's refusal: the answer would describe too few rows."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
 
 def ask_silos(data: Mapping[str, Any]) -> Ask:
     """The `Ask` of a simulation: all silos' data are here, in one process.
@@ -73,7 +75,7 @@ def add_answers(answers: Iterable[tuple[str, Mapping[str, Any]]]) -> Arrays:
     total: Arrays = {}
     first = ""
     for silo, answer in answers:
-        arrays = {name: _as_numbers(silo, name, v) for name, v in answer.items()}
+        arrays = as_arrays(silo, answer)
         if not first:
             first, total = silo, arrays
             continue
@@ -90,6 +92,14 @@ def add_answers(answers: Iterable[tuple[str, Mapping[str, Any]]]) -> Arrays:
     if not first:
         raise ValueError("no answers to add; at least one silo must take part")
     return total
+
+
+def as_arrays(silo: str, answer: Mapping[str, Any]) -> Arrays:
+    """A silo's answer as float64, or int64 for whole numbers.
+
+    Raises ValueError, naming the silo, for what is no number, and for NaN or infinity.
+    """
+    return {name: _as_numbers(silo, name, value) for name, value in answer.items()}
 
 
 def _as_numbers(silo: str, name: str, value: Any) -> np.ndarray:
@@ -159,8 +169,9 @@ class CohortLedger:
 
     Two sums over cohorts that differ in fewer than `minimum` rows give the sum over
     these rows by subtraction. Each admitted cohort is on disk before it is answered,
-    so a crash forgets nothing. It looks at pairs of cohorts: combinations of three or
-    more are not found, and neither are cohorts of another version of the data.
+    so a crash forgets nothing; one that was admitted before is not written again. It
+    looks at pairs of cohorts: combinations of three or more are not found, and neither
+    are cohorts of another version of the data.
     """
 
     def __init__(self, path: str | Path, *, minimum: int = 10) -> None:
@@ -182,16 +193,19 @@ class CohortLedger:
         if mask.dtype != bool or mask.ndim != 1:
             raise ValueError(f"rows must be bool [N], got {mask.dtype} {mask.shape}")
         check_count(int(mask.sum()), minimum=self.minimum)
+        known = False
         for earlier, version, its_about in self._asked:
             if version != data or len(earlier) != len(mask):
                 continue
+            known = known or np.array_equal(earlier, mask)
             if 0 < (earlier ^ mask).sum() < self.minimum:
                 raise TooFew(
                     f"the cohort differs from that of {its_about!r} by fewer than "
                     f"{self.minimum} rows; the difference would describe patients"
                 )
-        self._append(mask, about, data)
-        self._asked.append((mask.copy(), data, about))
+        if not known:
+            self._append(mask, about, data)
+            self._asked.append((mask.copy(), data, about))
 
     def _append(self, mask: np.ndarray, about: str, data: str) -> None:
         packed = np.packbits(mask).tobytes().hex()

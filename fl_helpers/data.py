@@ -1,4 +1,4 @@
-"""Data sets as arrays in memory: MedMNIST, heart disease.
+"""Data sets as arrays in memory: MedMNIST, heart disease, your own CSV files.
 
 Each loader returns `Arrays`. Nothing is scaled or imputed here: statistics of rows from
 several hospitals would be a use of pooled data. `data/README.md` describes the data
@@ -20,6 +20,7 @@ import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,53 @@ def _check_split(
             f"{where}labels must be integers [{len(x)}, 1], one per image, got "
             f"{y.dtype} {list(y.shape)}"
         )
+
+
+# ---------------------------------------------------------------------- your own tables
+
+
+def read_tables(pattern: str) -> dict[str, dict[str, np.ndarray]]:
+    """Read a CSV file of numbers per hospital: {file's name: {column: float64 [N]}}.
+
+    pattern: such as "tables/*.csv". Rows with an empty cell are left out. Raises
+    ValueError, naming file, row and column, for text and for infinite numbers, for
+    other columns than in the first file, and if no file or no whole row is found.
+    """
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    header: list[str] = []
+    for path in sorted(map(Path, glob(pattern))):
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names, *lines = list(csv.reader(file)) or [[]]
+        header = header or names
+        if sorted(names) != sorted(header) or len({*names}) != len(names):
+            differ = sorted({*names} ^ {*header})
+            raise ValueError(f"{path} has columns {names}, others differ in {differ}")
+        rows = [_numbers(path, n, names, line) for n, line in enumerate(lines, 2)]
+        whole = np.array([row for row in rows if not np.isnan(row).any()])
+        if not len(whole):
+            raise ValueError(f"{path}: none of {len(rows)} rows is complete")
+        columns = dict(zip(names, whole.T, strict=True))
+        tables[path.stem] = {name: columns[name] for name in header}
+    if not tables:
+        raise ValueError(f"no file is named {pattern}")
+    return tables
+
+
+def _numbers(path: Path, row: int, names: list[str], cells: list[str]) -> list[float]:
+    if len(cells) != len(names):
+        raise ValueError(f"{path}, row {row}: {len(cells)} cells for {len(names)}")
+    values = []
+    for name, cell in zip(names, cells, strict=True):
+        try:
+            values.append(float(cell) if cell.strip() else math.nan)
+        except ValueError:
+            values.append(math.inf)
+        if math.isinf(values[-1]):
+            raise ValueError(
+                f"{path}, row {row}, column {name!r}: not a number; give numbers, a "
+                "category as columns of 0 and 1, and leave the cell empty if missing"
+            )
+    return values
 
 
 # ---------------------------------------------------------------------- heart disease

@@ -7,8 +7,11 @@ eq. 2.1). Needs only numpy: copy this file on its own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +92,12 @@ def _combine_two(a: Statistics, b: Statistics) -> Statistics:
 # -- the first table of a paper
 
 
+class TooFew(ValueError):
+    """A silo's refusal: its answer would describe too few patients."""
+
+    code = "TOO_FEW"  # all that a real run says of it
+
+
 @dataclass(frozen=True)
 class Column:
     """What a silo sends about one column of numbers, or one category of a column.
@@ -126,11 +135,10 @@ def local_table(
     """
     categories, found = categories or {}, {}
     rows = {len(values) for values in columns.values()}
-    if len(rows) != 1 or min(rows) < min_rows:
-        raise ValueError(
-            f"silo {silo!r} must have columns of one length, at least {min_rows} rows, "
-            f"got {sorted(rows)}"
-        )
+    if len(rows) != 1:
+        raise ValueError(f"silo {silo!r} must have columns of one length: {rows}")
+    if min(rows) < min_rows:
+        raise TooFew(f"silo {silo!r} must have at least {min_rows} rows")
     for name, values in columns.items():
         if name in categories:
             parts = _shares(silo, name, values, categories[name], min_rows)
@@ -144,7 +152,10 @@ def local_table(
     return found
 
 
-def _numbers(silo: str, name: str, values: np.ndarray) -> np.ndarray:
+def _numbers(
+    silo: str, name: str, values: np.ndarray, *, keep: bool = False
+) -> np.ndarray:
+    """As float64; keep: with the missing ones, too."""
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except ValueError:
@@ -152,7 +163,7 @@ def _numbers(silo: str, name: str, values: np.ndarray) -> np.ndarray:
             f"silo {silo!r}, column {name!r} holds text; give numbers, or list it in "
             "categories"
         ) from None
-    return numbers[~np.isnan(numbers)]
+    return numbers if keep else numbers[~np.isnan(numbers)]
 
 
 def _unless_small(count: int, limit: int) -> int:
@@ -231,3 +242,111 @@ def first_table(
         line |= {silo: text.format(part) for silo, part in sent.items()}
         found.append({"row": row} | line | {"apart": apart})
     return found
+
+
+# -- the same as questions of a real run, each silo's answer for itself
+
+
+def silo_table(
+    data: Mapping[str, np.ndarray],
+    *,
+    categories: Mapping[str, Sequence[str]] | None = None,
+    min_rows: int = 10,
+) -> dict[str, np.ndarray]:
+    """`local_table` as arrays: {row: [count, missing, mean, squares]}."""
+    table = local_table("asked", data, categories=categories, min_rows=min_rows)
+    return {
+        row: np.array([part.count, part.missing, part.mean, part.squares])
+        for row, part in table.items()
+    }
+
+
+def tables_of(
+    answers: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, dict[str, Column]]:
+    """{silo: what `silo_table` answered} as the tables that `first_table` takes."""
+    return {
+        silo: {
+            row: Column(int(v[0]), int(v[1]), float(v[2]), float(v[3]))
+            for row, v in answer.items()
+        }
+        for silo, answer in answers.items()
+    }
+
+
+def unit_warnings(
+    tables: Mapping[str, Mapping[str, Column]], *, factor: float = 30.0
+) -> list[str]:
+    """Silos whose numbers are of another order of magnitude, as a sentence for each.
+
+    tables: {silo: `local_table`}. Compared is the root mean square of a column of
+    numbers, which another unit multiplies by exactly its factor, with the median of
+    the other silos; of two silos, both are named.
+    """
+    rows = dict.fromkeys(r for table in tables.values() for r in table if ": " not in r)
+    said = []
+    for row in rows:
+        size = {
+            silo: (table[row].mean ** 2 + table[row].squares / table[row].count) ** 0.5
+            for silo, table in sorted(tables.items())
+            if row in table
+        }
+        for silo, own in size.items():
+            others = [v for other, v in size.items() if other != silo]
+            usual = float(np.median(others)) if others else 0.0
+            if usual > 0 and not usual / factor < own < usual * factor:
+                said.append(
+                    f"silo {silo!r}, column {row!r}: values of about {own:.3g}, "
+                    f"{usual:.3g} elsewhere; is it another unit, or 0 for missing?"
+                )
+    return said
+
+
+SKETCH = 64  # numbers; see `silo_sketch`
+
+
+def silo_sketch(
+    data: Mapping[str, np.ndarray], *, min_rows: int = SKETCH
+) -> dict[str, Any]:
+    """A silo's rows as 64 sums, by which two silos with the same rows can be told.
+
+    Each row has 64 signs, +1 or -1, from its hash; a silo sends their sums over its
+    rows (Alon, Matias and Szegedy 1996), the number of rows, and how many repeat an
+    earlier one. Whoever knows a whole row can test whether it is in, with a z of
+    (64 / rows) ** 0.5, so a silo with fewer than 64 rows refuses, min_rows can only ask
+    for more, and no setting changes the hash: asking again tells nothing new.
+    """
+    columns = [_numbers("asked", name, data[name], keep=True) for name in sorted(data)]
+    table = np.column_stack(columns) + 0.0  # -0.0 is 0.0
+    if len(table) < max(min_rows, SKETCH):
+        raise TooFew(f"fewer than {max(min_rows, SKETCH)} rows; no sketch of so few")
+    digests = [hashlib.sha256(row.tobytes()).digest()[: SKETCH // 8] for row in table]
+    bits = np.unpackbits(np.frombuffer(b"".join(digests), np.uint8))
+    signs = 2 * bits.reshape(len(table), SKETCH).astype(np.int64) - 1
+    repeated = _unless_small(len(digests) - len({*digests}), 10)
+    return {"sketch": signs.sum(axis=0), "rows": len(table), "repeated": repeated}
+
+
+def copy_warnings(sketches: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Silos that hold the same rows, and rows that a silo holds twice, in sentences.
+
+    sketches: {silo: `silo_sketch`}. The product of two sketches estimates how many
+    pairs of rows are equal, with an error of about (rows * rows / 64) ** 0.5; said is
+    what is above four errors and half of the smaller silo. So it finds a copy, of silos
+    of like size, and no few patients in common; rows of a few yes-or-no columns are
+    equal by chance, and are found, too.
+    """
+    said = [
+        f"silo {silo!r}: {int(s['repeated'])} of {int(s['rows'])} rows repeat another"
+        for silo, s in sorted(sketches.items())
+        if int(s["repeated"])
+    ]
+    for (a, one), (b, other) in combinations(sorted(sketches.items()), 2):
+        n = [int(part["rows"]) for part in (one, other)]
+        same = float(one["sketch"] @ other["sketch"]) / SKETCH
+        if same > max(4 * (n[0] * n[1] / SKETCH) ** 0.5, min(n) / 2):
+            said.append(
+                f"silos {a!r} and {b!r}: about {same:.0f} equal pairs of rows, of "
+                f"{n[0]} and {n[1]}; is one a copy of the other?"
+            )
+    return said

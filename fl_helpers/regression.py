@@ -68,17 +68,26 @@ class Fit:
 class TooFewRows(ValueError):
     """A silo's refusal: its sums would describe too few patients."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
+
+def _numbers(values: Any, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError):  # their text would hold a patient's value
+        raise ValueError(f"{what} holds text; give numbers, NaN if missing") from None
+
 
 def _design(data: Table, beta: Sequence[float], min_rows: int) -> np.ndarray:
     """The rows with a column of ones in front, checked."""
-    x, y = np.asarray(data.x, dtype=np.float64), np.asarray(data.y)
+    x, y = _numbers(data.x, "x"), _numbers(data.y, "y")
     if x.ndim != 2 or y.shape != (len(x),):
         raise ValueError(f"x must be [N, F] and y [N], got {x.shape} and {y.shape}")
     if len(beta) != x.shape[1] + 1:
         raise ValueError(f"beta has {len(beta)} values for {x.shape[1]} columns and 1")
     if len(x) < min_rows:
         raise TooFewRows(f"fewer than {min_rows} rows; this silo takes no part")
-    missing = ~np.isfinite(x).all(axis=1) | ~np.isfinite(y.astype(np.float64))
+    missing = ~np.isfinite(x).all(axis=1) | ~np.isfinite(y)
     if missing.any():
         columns = np.flatnonzero(~np.isfinite(x).all(axis=0)).tolist()
         raise ValueError(
@@ -163,6 +172,9 @@ def fit_logistic(
     for rounds in range(1, max_rounds + 1):
         there = beta + step
         found = ask(silo_logistic, beta=there.tolist(), min_rows=min_rows)
+        if not 0 < int(found["cases"]) < int(found["rows"]):
+            one_class = int(found["cases"] > 0)
+            raise ValueError(f"all rows have y = {one_class}; nothing to tell apart")
         value = float(found["loglik"]) - float(there @ penalty @ there) / 2
         if best is not None and value < best - 1e-12 * abs(best):
             step = step / 2

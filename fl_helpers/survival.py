@@ -39,6 +39,8 @@ class Survival(NamedTuple):
 def check_survival(data: Survival) -> None:
     """Raise ValueError, with how many rows, for data that no analysis should take."""
     time, event, x = (np.asarray(part) for part in data)
+    if not {time.dtype.kind, x.dtype.kind} <= {*"biuf"}:
+        raise ValueError("time and x must be numbers, one of them holds text")
     if not (time.ndim == event.ndim == 1 and x.ndim == 2):
         raise ValueError("time and event must be [N] and x [N, F]")
     if not len(time) == len(event) == len(x):
@@ -67,6 +69,8 @@ def _check_events(data: Survival, min_events: int) -> None:
 
 class TooFewEvents(ValueError):
     """A silo's refusal: its sums would describe too few patients with an event."""
+
+    code = "TOO_FEW"  # all that a real run says of it
 
 
 # -- Kaplan-Meier

@@ -30,6 +30,8 @@ LEAF |= {"right": -1, "value": 0.0, "gain": 0.0, "rows": 0}
 class TooFew(ValueError):
     """A silo's refusal: its sums would describe too few patients."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
 
 @dataclass(frozen=True)
 class Bins:
@@ -115,7 +117,10 @@ class Rows:
 
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
         """x: [N, F] numbers, NaN where missing. y: [N], 0 or 1. Not modified."""
-        self.x, self.y = np.asarray(x, dtype=np.float64), np.asarray(y)
+        try:
+            self.x, self.y = np.asarray(x, dtype=np.float64), np.asarray(y)
+        except (ValueError, TypeError):  # their text would hold a patient's value
+            raise ValueError("x holds text; give categories as numbers") from None
         if self.x.ndim != 2 or self.y.shape != (len(self.x),) or not len(self.x):
             raise ValueError(
                 f"x must be [N, F], y [N], got {self.x.shape}, {self.y.shape}"

@@ -33,6 +33,8 @@ class Scored(NamedTuple):
 class TooFew(ValueError):
     """A silo's refusal: an answer would describe too few patients."""
 
+    code = "TOO_FEW"  # all that a real run says of it
+
 
 def _check(data: Scored, min_count: int) -> None:
     score, y, group = (np.asarray(part) for part in data)

@@ -158,3 +158,19 @@ def test_a_changed_mask_is_damage(tmp_path):
     path.write_text(path.read_text().replace("fffff", "fffef"))
     with pytest.raises(ValueError, match="line 1 is damaged"):
         CohortLedger(path)
+
+
+def test_the_same_cohort_is_written_once(tmp_path):
+    """A fit asks about the same patients again and again."""
+    ledger = CohortLedger(tmp_path / "asked.jsonl")
+    for _ in range(3):
+        ledger.admit(cohort(*range(20)), about="a step of Newton's")
+    assert len((tmp_path / "asked.jsonl").read_text().splitlines()) == 1
+
+
+def test_all_refusals_carry_the_code_of_a_real_run():
+    from fl_helpers import regression, survival, trees, validation
+
+    kinds = [TooFew, validation.TooFew, trees.TooFew]
+    kinds += [survival.TooFewEvents, regression.TooFewRows]
+    assert {kind.code for kind in kinds} == {"TOO_FEW"}

@@ -18,6 +18,7 @@ from fl_helpers.data import (
     drop_duplicates,
     load_heart_disease,
     load_medmnist,
+    read_tables,
 )
 
 torch.set_num_threads(1)
@@ -489,3 +490,46 @@ def test_a_copied_file_works_alone(tmp_path, name):
         "assert len(s.synthetic_cxr([3, 2])) == 5",
     }[name]
     subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, timeout=120)
+
+
+def write_tables(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.csv").write_text(text)
+    return str(folder / "*.csv")
+
+
+def test_a_readers_own_tables_are_read_without_incomplete_rows(tmp_path):
+    files = write_tables(
+        tmp_path, north="time,event\n3,1\n,0\n5.5,0\n", south="event,time\n1,7\n"
+    )
+    found = read_tables(files)
+    assert [*found] == ["north", "south"]
+    assert {k: v.tolist() for k, v in found["north"].items()} == {
+        "time": [3, 5.5],
+        "event": [1, 0],
+    }
+    assert [*found["south"]] == ["time", "event"]  # in the first file's order
+    assert found["south"]["time"].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({}, "no file is named"),
+        ({"a": "x,y\n1,Smith\n"}, r"a.csv, row 2, column 'y': not a number"),
+        ({"a": "x,y\n1,inf\n"}, r"row 2, column 'y'"),
+        (
+            {"a": "x,y\n1,2\n", "b": "x,z\n1,2\n"},
+            r"b.csv .* in \['y', 'z'\]",
+        ),
+        ({"a": "x,y\n1,2\n", "b": "x\n1\n"}, r"differ in \['y'\]"),
+        ({"a": "x,x\n1,2\n"}, "a.csv has columns"),
+        ({"a": "x,y\n1\n"}, "row 2: 1 cells for 2"),
+        ({"a": "x,y\n1,\n"}, "none of 1 rows is complete"),
+        ({"a": ""}, "none of 0 rows"),
+    ],
+)
+def test_bad_tables_are_named_with_file_row_and_column(tmp_path, texts, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_tables(write_tables(tmp_path, **texts))
+    assert "Smith" not in str(error.value)

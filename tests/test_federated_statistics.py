@@ -5,12 +5,18 @@ from hypothesis import strategies as st
 
 from fl_helpers.federated_statistics import (
     Column,
+    TooFew,
     combine_statistics,
     combine_tables,
+    copy_warnings,
     first_table,
     local_statistics,
     local_table,
+    silo_sketch,
+    silo_table,
     standardised_difference,
+    tables_of,
+    unit_warnings,
 )
 
 EDGES = [-10, -1, 0, 1, 10]
@@ -141,3 +147,90 @@ def test_the_first_table_shows_what_was_sent_and_what_was_not():
 def test_what_one_silo_alone_has_sent_is_apart_from_nothing():
     (row,) = first_table({"A": {"age": Column(20, 0, 50.0, 2000.0)}, "B": {}})
     assert row["B"] == "held back" and row["apart"] == 0
+
+
+def test_arrays_carry_the_table_as_it_is():
+    data = {"age": np.arange(20.0), "smokes": np.arange(20) % 2}
+    labels = {"smokes": ["no", "yes"]}
+    sent = {"a": silo_table(data, categories=labels)}
+    assert tables_of(sent) == {"a": local_table("a", data, categories=labels)}
+    with pytest.raises(TooFew, match="at least 10 rows"):
+        silo_table({"age": np.arange(9.0)})
+
+
+def heights(unit=1.0, seed=0):
+    return {"height": unit * np.random.default_rng(seed).normal(1.7, 0.1, 50)}
+
+
+def test_another_unit_is_named_and_a_usual_difference_is_not():
+    """Metres in three hospitals and millimetres in one: a factor of 1,000."""
+    columns = {silo: heights(seed=k) for k, silo in enumerate("abc")}
+    columns |= {"d": heights(1000, seed=3)}
+    tables = {silo: local_table(silo, c) for silo, c in columns.items()}
+    (said,) = unit_warnings(tables)
+    assert said.startswith("silo 'd', column 'height': values of about 1.7")
+    del tables["d"]
+    assert unit_warnings(tables) == []
+    # Twice as tall is no unit, and centred columns have a mean of about 0.
+    tables["e"] = local_table("e", heights(2.0))
+    assert unit_warnings(tables) == []
+    rng = np.random.default_rng(0)
+    centred = {s: local_table(s, {"z": rng.normal(size=400)}) for s in "abc"}
+    assert unit_warnings(centred) == []
+
+
+def test_zeros_for_missing_values_are_named():
+    """As cholesterol at Switzerland, in the file of the heart disease data."""
+    tables = {s: local_table(s, heights(seed=k)) for k, s in enumerate("abc")}
+    tables["d"] = local_table("d", {"height": np.zeros(30)})
+    assert [said[:8] for said in unit_warnings(tables)] == ["silo 'd'"]
+
+
+def sketch_of(seed, n=300, rows=None):
+    rng = np.random.default_rng(seed)
+    data = {"age": rng.normal(60, 9, n), "bmi": rng.normal(25, 3, n)}
+    return data if rows is None else {k: v[rows] for k, v in data.items()}
+
+
+def test_a_copy_is_named_whatever_the_order_of_its_rows():
+    order = np.random.default_rng(1).permutation(300)
+    data = {"a": sketch_of(0), "b": sketch_of(2), "c": sketch_of(0, rows=order)}
+    (said,) = copy_warnings({silo: silo_sketch(d) for silo, d in data.items()})
+    # 300 equal pairs, give or take 300 / 8: four errors are 150.
+    assert said.startswith("silos 'a' and 'c': about ")
+
+
+def test_few_copies_are_found_by_chance_only():
+    """Twenty seeds, hospitals with nothing in common: none is named."""
+    for seed in range(20):
+        pair = {"a": silo_sketch(sketch_of(2 * seed)), "b": silo_sketch(sketch_of(99))}
+        assert copy_warnings(pair) == []
+
+
+def test_the_sketch_says_little_about_a_row_and_nothing_about_few():
+    """A row's 64 signs agree with the sums by 64, and by chance by (64 n) ** 0.5."""
+    rng, hits = np.random.default_rng(0), []
+    for seed in range(200):
+        inside = sketch_of(seed)
+        row = {name: values[:1].repeat(64) for name, values in inside.items()}
+        signs = silo_sketch(row)["sketch"] / 64
+        hits.append(float(signs @ silo_sketch(inside)["sketch"]))
+    z = np.mean(hits) / (64 * 300) ** 0.5
+    assert abs(z - (64 / 300) ** 0.5) < 0.25  # .46; the mean of 200 is off by .07
+    with pytest.raises(TooFew, match="fewer than 64"):
+        silo_sketch({"x": rng.normal(size=63)}, min_rows=1)
+
+
+def test_rows_that_repeat_are_counted_if_there_are_ten():
+    data = sketch_of(0, n=100)
+    twice = {k: np.concatenate([v, v[:10]]) for k, v in data.items()}
+    (said,) = copy_warnings({"a": silo_sketch(twice)})
+    assert said == "silo 'a': 10 of 110 rows repeat another"
+    less = {k: np.concatenate([v, v[:9]]) for k, v in data.items()}
+    assert silo_sketch(less)["repeated"] == 0
+
+
+def test_text_in_a_column_of_a_sketch_is_refused():
+    with pytest.raises(ValueError, match="column 'x' holds text") as error:
+        silo_sketch({"x": np.array(["Smith"] * 70)})
+    assert "Smith" not in str(error.value)

@@ -4,10 +4,15 @@ import importlib
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import yaml
+from sklearn.metrics import roc_auc_score
 
+from fl_helpers import regression
+from fl_helpers.analysis import ask_silos
 from fl_helpers.record import read_recorded
 
 ROOT = Path(__file__).parent.parent
@@ -75,3 +80,96 @@ def test_the_story_holds_on_real_radiographs_at_full_size(tmp_path):
 def test_the_committed_notebook_tells_the_story(path):
     """The numbers that a reader sees on the forge's page, at default parameters."""
     checks(path).committed(read_recorded(path))
+
+
+# -- the reader's own tables: a CSV file per hospital
+
+OWN = {"North": 160, "South": 140, "East": 130}
+
+
+def write_own(folder, columns):
+    """columns(rng, n): {name: [n]} of one hospital."""
+    for number, (name, n) in enumerate(OWN.items()):
+        table = pd.DataFrame(columns(np.random.default_rng(number), n))
+        table.to_csv(folder / f"{name}.csv", index=False)
+    return str(folder / "*.csv")
+
+
+def path_of(number):
+    return next(path for path in NOTEBOOKS if path.stem.startswith(number))
+
+
+@pytest.mark.notebooks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_reader_points_notebook_15_at_their_own_tables(tmp_path):
+    """The odds ratios are those of all rows in one place."""
+
+    def patients(rng, n):
+        age, smoker = rng.normal(60, 10, n).round(), rng.integers(0, 2, n)
+        lab = np.where(rng.random(n) < 0.1, np.nan, rng.normal(5, 1, n).round(2))
+        risk = 0.05 * (age - 60) + 0.8 * smoker - 0.4
+        died = (rng.random(n) < 1 / (1 + np.exp(-risk))) * 1
+        return {"age": age, "lab": lab, "smoker": smoker, "died": died}
+
+    files = write_own(tmp_path, patients)
+    for name in OWN:
+        pd.read_csv(tmp_path / f"{name}.csv").assign(clinic=name).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
+    ranges = {"age": [18, 100], "lab": [0.1, 50]}
+    how = {"SITE": "clinic", "OUTCOME": "died", "RANGES": ranges}
+    found = execute(path_of("15"), tmp_path, TABLES=files, **how)["odds_ratios"]
+    table = pd.concat(map(pd.read_csv, sorted(tmp_path.glob("*.csv")))).dropna()
+    x = [table[c] for c in ("age", "lab", "smoker")]
+    x += [table.clinic == name for name in ("North", "South")]  # East is the first
+    rows = regression.Table(np.column_stack(x).astype(float), table.died.to_numpy())
+    pooled = regression.fit_logistic(ask_silos({"all": rows}), 5)
+    names = ["intercept", "age", "lab", "smoker", "North", "South"]
+    expected = dict(zip(names, np.exp(pooled.beta).round(2).tolist(), strict=True))
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.notebooks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_reader_points_notebook_16_at_their_own_tables(tmp_path):
+    """The hazard ratio is that of lifelines, stratified, on all rows."""
+    lifelines = pytest.importorskip("lifelines")
+
+    def patients(rng, n):
+        age, stage = rng.normal(size=n), rng.integers(0, 2, n)
+        until = rng.exponential(400 / np.exp(0.6 * age + 0.5 * stage))
+        leave = rng.exponential(600, n)
+        time, event = np.ceil(np.minimum(until, leave)), (until <= leave) * 1
+        return {"age": age, "time": time, "stage": stage, "event": event}
+
+    files = write_own(tmp_path, patients)
+    found = execute(path_of("16"), tmp_path, TABLES=files, SEEDS=[0])
+    parts = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in OWN}
+    table = pd.concat([t.assign(site=name) for name, t in parts.items()])
+    model = lifelines.CoxPHFitter()
+    model.fit(table, "time", "event", strata="site")
+    ratio = float(np.exp(model.params_["age"]))
+    assert found["hazard_ratio_marker"] == pytest.approx(ratio, abs=6e-4)
+
+
+@pytest.mark.notebooks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_reader_points_notebook_17_at_their_own_tables(tmp_path):
+    """The AUROC of each hospital is that of scikit-learn on its file."""
+
+    def patients(rng, n):
+        x, z = rng.normal(size=(2, n))
+        ill = (rng.random(n) < 1 / (1 + np.exp(-x - z))) * 1
+        score, second = 1 / (1 + np.exp(-x)), 1 / (1 + np.exp(-x - z))
+        group = rng.integers(0, 4, n)
+        return {"score": score, "second": second, "ill": ill, "group": group}
+
+    files = write_own(tmp_path, patients)
+    small = {"STEPS": 5, "SIZES": [200, 160, 160, 160]}
+    found = execute(path_of("17"), tmp_path, TABLES=files, **small)
+    assert found["auroc"].keys() == OWN.keys()
+    for name, (value, low, high) in found["auroc"].items():
+        table = pd.read_csv(tmp_path / f"{name}.csv")
+        assert value == pytest.approx(roc_auc_score(table.ill, table.score), abs=6e-4)
+        assert low < value < high
+    assert found["gains"]["together"][0] > 0  # the second model knows more

@@ -164,3 +164,50 @@ def test_meta_analysis_refuses_what_it_cannot_weigh():
         meta_analysis({"a": 1.0}, {"a": 1.0}, random=False)
     with pytest.raises(ValueError, match="must be > 0"):
         meta_analysis({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 0.0}, random=False)
+
+
+@pytest.mark.parametrize("fit", [fit_linear, fit_logistic])
+@pytest.mark.parametrize("part", ["x", "y"])
+def test_text_is_named_without_what_it_says(fit, part):
+    silos = made_up(logistic=True)
+    text = np.full(silos["B"]._asdict()[part].shape, "Smith", dtype=object)
+    silos["B"] = silos["B"]._replace(**{part: text})
+    with pytest.raises(ValueError, match=f"silo 'B': {part} holds text") as error:
+        fit(ask_silos(silos), 3)
+    assert "Smith" not in str(error.value) + repr(error.value.__cause__)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_one_class_only_is_said_to(value):
+    """The intercept has no finite value then."""
+    silos = {
+        k: Table(v.x, np.full(len(v.y), value))
+        for k, v in made_up(logistic=True).items()
+    }
+    with pytest.raises(ValueError, match="all rows have y = "):
+        fit_logistic(ask_silos(silos), 3)
+
+
+@pytest.mark.parametrize("fit", [fit_linear, fit_logistic])
+def test_a_constant_column_is_refused(fit):
+    """It says the same as the intercept; one of zeros says nothing."""
+    for value, message in ((1.0, "do not vary"), (0.0, r"columns \[1\] of x are 0")):
+        silos = made_up(logistic=True)
+        for name, (x, y) in silos.items():
+            x = x.copy()
+            x[:, 1] = value
+            silos[name] = Table(x, y)
+        with pytest.raises(ValueError, match=message):
+            fit(ask_silos(silos), 3)
+
+
+def test_rows_that_are_twice_there_count_twice():
+    """Not found by sums; `silo_sketch` of federated_statistics finds them."""
+    silos = made_up(logistic=False)
+    once, twice = (
+        silos,
+        {k: Table(*(np.concatenate([p, p]) for p in v)) for k, v in silos.items()},
+    )
+    one, two = (fit_linear(ask_silos(s), 3) for s in (once, twice))
+    np.testing.assert_allclose(one.beta, two.beta, rtol=1e-9)
+    assert two.rows == 2 * one.rows  # and the intervals are too narrow

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import flamby, poisoning, strategies
+from experiments import flamby, poisoning, strategies, survival, tables
 from fl_helpers.comparison import holds, paired_interval, without_each
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
@@ -499,3 +499,38 @@ def test_the_poisoning_grid_computes_a_committed_row():
     # Another processor may change last bits, and with them some answers.
     for key, tolerance in {"balanced_accuracy": 0.05, "attack_success": 0.1}.items():
         assert row[key] == pytest.approx(committed[key], abs=tolerance)
+
+
+def test_the_tables_compute_their_committed_rows():
+    """One division of the heart data again: regression, trees and FedAvg."""
+    found = pd.DataFrame(tables.compare(tables.heart_table(), 0), columns=tables.HEADER)
+    committed = pd.read_csv(RESULTS / "tables.csv").query("seed == 0")
+    assert len(committed) == 34
+    names = [*tables.HEADER[:6]]
+    pd.testing.assert_frame_equal(found[names], committed[names], check_dtype=False)
+    for metric in ("auroc", "balanced_accuracy"):
+        # Another processor may change last bits, and with them an answer or two.
+        np.testing.assert_allclose(found[metric], committed[metric], atol=0.03)
+
+
+def test_survival_computes_its_committed_rows():
+    """The six regions again; FLamby's own rows are published, not computed."""
+    root = Path(__file__).parents[2] / "shared/data/tcga_brca"
+    if not root.exists():
+        pytest.skip(f"needs FLamby's files of TCGA-BRCA, looked for {root}")
+    found = pd.DataFrame(survival.compare(*survival.load_brca(root)))
+    committed = pd.read_csv(RESULTS / "survival.csv").query("source == 'here'")
+    assert len(committed) == 6 and [*found] == [*committed]
+    names = ["method", "source", "rounds"]
+    pd.testing.assert_frame_equal(found[names], committed[names], check_dtype=False)
+    numbers = committed.columns.drop(names)
+    np.testing.assert_allclose(found[numbers], committed[numbers], atol=0.002)
+    published = pd.read_csv(RESULTS / "survival.csv").query("source == 'FLamby'")
+    by_name = published.set_index("method").concordance.to_dict()
+    assert by_name == survival.PUBLISHED
+
+
+def test_a_network_of_survival_computes_its_committed_row():
+    found = survival.compare_network(3)
+    committed = pd.read_csv(RESULTS / "survival_network.csv").query("seed == 3")
+    np.testing.assert_allclose(list(found.values()), committed.iloc[0], atol=0.002)

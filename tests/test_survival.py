@@ -266,3 +266,24 @@ def test_made_up_patients_have_the_effects_that_were_put_in():
     assert censored == pytest.approx(0.4, abs=0.03)
     again = made_up_survival({"B": 4000, "A": 5}, effects=(0.5, 0.0), seed=1)
     np.testing.assert_array_equal(again["B"].time, made["B"].time)
+
+
+@pytest.mark.parametrize("part", ["time", "x"])
+def test_text_is_named_without_what_it_says(patients, part):
+    text = np.full(patients["B"]._asdict()[part].shape, "Smith", dtype=object)
+    bad = patients | {"B": patients["B"]._replace(**{part: text})}
+    with pytest.raises(ValueError, match="silo 'B': .* holds text") as error:
+        fit_cox(ask_silos(bad), 3)
+    assert "Smith" not in str(error.value)
+
+
+def test_a_hospital_that_is_all_censored_takes_no_part(patients):
+    none = patients["B"]._replace(event=np.zeros(len(patients["B"].time), dtype=bool))
+    with pytest.raises(TooFewEvents, match="silo 'B': fewer than 10 events"):
+        fit_cox(ask_silos(patients | {"B": none}), 3)
+
+
+def test_a_column_that_one_hospital_lacks_is_named(patients):
+    less = patients["B"]._replace(x=patients["B"].x[:, :2])
+    with pytest.raises(ValueError, match="silo 'B': beta has 3 values, x 2 columns"):
+        fit_cox(ask_silos(patients | {"B": less}), 3)

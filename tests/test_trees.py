@@ -290,3 +290,20 @@ def test_what_was_not_agreed_on_is_refused_by_name(silos):
         even_bins({"a": (1, 1)})
     with pytest.raises(ValueError, match="must be >= 1"):
         Growth(depth=0)
+
+
+def test_text_is_named_without_what_it_says():
+    with pytest.raises(ValueError, match="x holds text") as error:
+        Rows(np.full((20, 4), "Smith", dtype=object), np.zeros(20))
+    assert "Smith" not in str(error.value)
+
+
+def test_a_constant_column_is_never_asked_about(silos):
+    flat = {}
+    for name, (x, y) in silos.items():
+        x = x.copy()
+        x[:, 0] = 1.0
+        flat[name] = (x, y)
+    model = fit_trees(asks(flat), even_bins(COLUMNS, bins=8), growth=Growth(trees=3))
+    first = next(iter(COLUMNS))
+    assert model.importance()[first] == 0 and sum(model.importance().values()) > 0

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +176,18 @@ def _tested(
         found = client.evaluate(params, client.silo)
     metrics = {f"test_{name}": float(value) for name, value in found.items()}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A silo's rows for an analysis, see `hospital_tables.load_tables`.
+
+    patients: how many. tables: what functions take, by the name of their module or any
+    other. rows: bool [patients], for a table that holds only some of them. columns:
+    [patients] numbers each, by which a question may choose a cohort.
+    """
+
+    patients: int
+    tables: Mapping[str, Any]
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)

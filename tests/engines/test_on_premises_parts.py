@@ -33,11 +33,13 @@ from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.fixed_point import encode
 from fl_helpers.cross_silo.hospital import load_silo
 from fl_helpers.cross_silo.on_premises import (
+    analyses,
     controller,
     executor,
     gate,
     job,
     provision,
+    questions,
     runs,
     secure_controller,
     site,
@@ -119,6 +121,13 @@ def test_the_policy_on_one_page(kits, tmp_path):
     assert "secure" not in may
     gate.allow(kit, params, keep_local=["kept"], secure=True)
     assert gate.explain_policy(kit)["what may leave"].endswith("; in secure sums only")
+    questions.allow_questions(kit, minimum=20)
+    page = gate.explain_policy(kit)
+    assert page["which class may answer"].endswith(questions.EXECUTOR)
+    assert page["what may leave"].endswith(
+        f"; answers of {len(questions.KNOWN)} functions of an analysis, about 20 "
+        "patients or more"
+    )
     rights = json.loads((kit / "local" / "authorization.json").read_text())
     rights["permissions"]["lead"]["byoc"] = "any"  # it shows what is there
     site.write_local(kit, "authorization.json", rights)
@@ -143,6 +152,7 @@ def test_the_servers_policy(kits):
     local = kits / "server" / "local"
     resources = json.loads((local / "resources.json").read_text())
     allowed = [controller.RoundController, secure_controller.SecureController]
+    allowed += [analyses.QuestionController]
     assert resources["class_allow_list"] == [path_of(kind) for kind in allowed]
     assert path_of(HubGuard) in {part["path"] for part in resources["components"]}
     stores = [resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"]]

@@ -33,6 +33,7 @@ from fl_helpers.simulation import Params
 
 if TYPE_CHECKING:
     from fl_helpers.cross_silo.account import SiloAccount
+    from fl_helpers.cross_silo.on_premises.analyses import EngineAsk
 if sys.platform == "win32":
     raise ImportError("a fleet needs Linux, best with Landlock; on Windows use WSL2")
 import fcntl  # noqa: E402 - not on Windows
@@ -126,6 +127,7 @@ class Fleet:
             kind, organisation = "client", self.sites[who].organisation
             own = site.read_site(kit)
             read += [own.data, own.client.rpartition(":")[0]]
+            read += [path for path in [own.tables.rpartition(":")[0]] if path]
         for name in ("shutdown.fl", "restart.fl"):
             (kit / name).unlink(missing_ok=True)
         command = [sys.executable, "-u", "-m"]
@@ -181,6 +183,21 @@ class Fleet:
             timeout=timeout,
         )
 
+    def ask(
+        self, name: str, *, quorum: int | None = None, deadline: int = 60
+    ) -> contextlib.AbstractContextManager[EngineAsk]:
+        """A run of questions, and its `Ask`: see `analyses.asking` and `Analysis`."""
+        from fl_helpers.cross_silo.on_premises import analyses
+
+        return analyses.asking(
+            analyses.Analysis(name, quorum, deadline),
+            self.session,
+            silos=[site.silo for site in self.sites.values()],
+            server_kit=self.kits / "server",
+            jobs=self.folder / "jobs",
+            check=lambda: self._check_alive("server"),
+        )
+
     def result(self, run: Run) -> Params:
         """The final global model of a run that is done, without silos' own entries."""
         return runs.result(run, self.kits / "server")
@@ -205,6 +222,15 @@ class Fleet:
 
         for name in self.sites:
             gate.allow(self.kits / name, params, **rules)
+
+    def allow_questions(self, tables: str, **rules: Any) -> None:
+        """In a trial, one person is all silos: all answer what `allow_questions` says,
+        about the rows that the function `tables` brings, see `site.Site`."""
+        from fl_helpers.cross_silo.on_premises.questions import allow_questions
+
+        for name, own in self.sites.items():
+            self.configure(own.silo, tables=tables)
+            allow_questions(self.kits / name, **rules)
 
     def configure(self, silo: str, **settings: Any) -> None:
         """Change some of a silo's own settings, see `site.Site`, for the next run."""

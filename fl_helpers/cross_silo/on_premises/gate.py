@@ -113,6 +113,10 @@ def explain_policy(kit: str | Path) -> dict[str, str]:
         leaves = f"{len(entries)} entries of one model, {size:,} bytes; num_examples; "
         leaves += ", ".join(sorted(limits.metrics))
         leaves += "; in secure sums only" if secure else ""
+    if (local / "questions.json").exists():
+        rules = read("questions.json")
+        leaves += f"; answers of {len(rules['functions'])} functions of an analysis, "
+        leaves += f"about {rules['minimum']} patients or more"
     lists = {
         "who may start a run": [k for k, v in rights.items() if v.get("submit_job")],
         "who may bring code": [k for k, v in rights.items() if v.get("byoc") == "any"],
@@ -142,6 +146,18 @@ class Unreleased:
     ) -> None:
         self.update, self.round_index = update, round_index
         self.start, self.seal = start, seal
+
+
+class Sums:
+    """A hospital's answer to a question of an analysis, see `questions.release`.
+
+    number: of the question in its run. rows: patients that the answer is about."""
+
+    __slots__ = ("arrays", "number", "question", "rows")
+
+    def __init__(self, arrays: Any, number: int, question: Any, rows: int) -> None:
+        self.arrays, self.number = arrays, number
+        self.question, self.rows = question, rows
 
 
 class Spoken:
@@ -178,6 +194,10 @@ class EgressGate(Filter):
         try:
             if type(found) is Spoken:
                 return _speak(ledger, found, silo)
+            if type(found) is Sums:
+                from fl_helpers.cross_silo.on_premises import questions  # large
+
+                return questions.release(kit, found, silo, ledger)
             if type(found) is not Unreleased or type(found.round_index) is not int:
                 raise TypeError("the result is not an update of a round")
             task = fl_ctx.get_prop(FLContextKey.TASK_NAME)

@@ -95,26 +95,31 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     quorum = max(run.quorum or len(silos), SMALLEST_SET if run.secure else 1)
     if quorum > len(silos):
         raise ValueError(f"quorum {quorum}, but there are {len(silos)} silos")
-    folder = jobs / run.name
-    app = folder / "app" / CONFIG
+    app = jobs / run.name / "app" / CONFIG
     app.mkdir(parents=True, exist_ok=True)
     save_file(dict(run.params), app / INITIAL)
     digest = hashlib.sha256((app / INITIAL).read_bytes()).hexdigest()
     sites = {site_name(silo): silo for silo in silos}
     content = {"run": to_plain(run), "silos": sites, "initial": digest}
     _write(app / RUN, {"id": run_id(app / RUN, content), **content})
-    about = {"name": run.name, "resource_spec": {}, "min_clients": quorum}
+    return write_parts(app, quorum, CONTROLLERS[run.secure], CLASSES[0], TASKS)
+
+
+def write_parts(
+    app: Path, quorum: int, controller: str, executor: str, tasks: Collection[str]
+) -> Path:
+    """What the engine is told of a job: the classes and tasks; returns its folder."""
+    folder = app.parents[1]
+    about = {"name": folder.name, "resource_spec": {}, "min_clients": quorum}
     _write(folder / "meta.json", about | {"deploy_map": {"app": ["@ALL"]}})
     empty = ("components", "task_data_filters", "task_result_filters")
     base = {"format_version": 2, **{key: [] for key in empty}}
-    path = CONTROLLERS[run.secure]
-    rounds = {"id": "rounds", "path": path, "args": {}}
+    rounds = {"id": "rounds", "path": controller, "args": {}}
     poll = {"task_request_interval": 0.1}  # seconds; by default 2
     server = base | {"workflows": [rounds], "server": poll}
     _write(app / "config_fed_server.json", server)
-    trainer = {"path": CLASSES[0], "args": {}}
-    tasks = [{"tasks": TASKS, "executor": trainer}]
-    _write(app / "config_fed_client.json", base | {"executors": tasks})
+    work = [{"tasks": [*tasks], "executor": {"path": executor, "args": {}}}]
+    _write(app / "config_fed_client.json", base | {"executors": work})
     return folder
 
 

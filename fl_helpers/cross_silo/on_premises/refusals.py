@@ -35,6 +35,10 @@ CODES = {  # code: what it means, and who does what
     SPENT: "its privacy budget is spent, its part in the run ends",
     "SECURE_SUM_DENIED": "the question could reveal an update, or somebody is not who "
     "they say; its log says which",
+    "QUESTION_DENIED": "the question is not on its list, or has settings that it does "
+    "not take; its log says which",
+    "TOO_FEW": "the answer would describe too few patients, alone or beside an earlier "
+    "one",
     GATE: "its gate let the result not out; its ledger says why",
     FAILED: "its training failed; its log says why",
 }

@@ -18,6 +18,7 @@ CONTROLLERS = (  # of a plain run, of a secure one
     f"{HERE}.controller.RoundController",
     f"{HERE}.secure_controller.SecureController",
 )
+ANALYSES = f"{HERE}.analyses.QuestionController"
 CLASSES = (f"{HERE}.executor.SiteExecutor",)  # that a job may name at a hospital
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
@@ -38,8 +39,10 @@ class Site:
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
-    worker that died is started again within an hour; 0 is never. epsilon, delta: its
-    privacy budget, for a client function that trains with one; no run can change it.
+    worker that died is started again within an hour; 0 is never. tables: the function
+    that brings its rows to an analysis, named like client; "" is none. epsilon, delta:
+    its privacy budget, for a client function that trains with one; no run can change
+    it.
     """
 
     silo: str
@@ -47,6 +50,7 @@ class Site:
     data: str
     client: str
     relaunches: int = 2
+    tables: str = ""
     epsilon: float | None = None
     delta: float | None = None
 
@@ -139,7 +143,7 @@ def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None
     `harden_site`."""
     kit = Path(kit).resolve()
     resources = json.loads((kit / "local" / "resources.json.default").read_text())
-    resources["class_allow_list"] = list(CONTROLLERS)
+    resources["class_allow_list"] = [*CONTROLLERS, ANALYSES]
     resources["servers"][0]["heart_beat_timeout"] = 30  # seconds; by default 600
     storage = resources["snapshot_persistor"]["args"]["storage"]
     storage["args"]["root_dir"] = str(kit / "snapshots")
