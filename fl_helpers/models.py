@@ -1,4 +1,4 @@
-"""Models of the notebooks: a small CNN, an MLP for tables, any torchvision classifier.
+"""Models of the notebooks: a small CNN, a U-Net, an MLP, any torchvision classifier.
 
 Each of these functions returns a plain `nn.Module` with random weights drawn from
 torch's global generator (seed it with `torch.manual_seed`). `check_model` looks at a
@@ -70,11 +70,11 @@ def mlp(
 
 
 class Ensemble(nn.Module):
-    """Several models as one: its logits are the log of their mean class probability.
+    """Several models as one, whose probability is the mean of theirs.
 
     Of local models it is a federation without rounds: each silo sends its model once,
-    and nothing is averaged but the answers. models: same inputs, same classes; they
-    are kept, not copied.
+    and nothing is averaged but the answers. models: same inputs, same classes, or an
+    outline each; they are kept, not copied.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
@@ -84,8 +84,13 @@ class Ensemble(nn.Module):
             raise ValueError("an ensemble needs at least one model, got none")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] for inputs x [N, ...]."""
-        answers = torch.stack([model(x).log_softmax(dim=1) for model in self.models])
+        """Logits [N, num_classes], or [N, 1, ...] of models with one output channel,
+        for inputs x [N, ...]."""
+        outputs = torch.stack([model(x) for model in self.models])
+        if outputs.shape[2] == 1:  # yes or no: the log of the odds
+            yes, no = F.logsigmoid(outputs), F.logsigmoid(-outputs)
+            return yes.logsumexp(dim=0) - no.logsumexp(dim=0)
+        answers = outputs.log_softmax(dim=2)
         return answers.logsumexp(dim=0) - math.log(len(self.models))
 
 
@@ -122,6 +127,36 @@ def torchvision_model(
     if in_channels != 3:
         _replace_stem(model, in_channels)
     return model
+
+
+class SmallUNet(nn.Module):
+    """A U-Net for outlines (Ronneberger et al. 2015), 120,545 parameters at width 16.
+
+    It looks at an image at three scales and puts them together again, so that each
+    pixel is judged with its surroundings. Input [N, in_channels, H, W] with H and W
+    divisible by 8; output [N, 1, H, W], above 0 inside. It works at half of the image's
+    resolution. GroupNorm keeps no running statistics. width: divisible by 4.
+    """
+
+    def __init__(self, *, in_channels: int = 1, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 2, stride=2)
+        self.fine = _two_convolutions(width, width)
+        self.middle = _two_convolutions(width, 2 * width)
+        self.coarse = _two_convolutions(2 * width, 4 * width)
+        self.middle_again = _two_convolutions(6 * width, 2 * width)
+        self.fine_again = _two_convolutions(3 * width, width)
+        self.head = nn.Conv2d(width, 1, 1)
+        # Few pixels are inside: training that begins near "none" does not get stuck.
+        nn.init.constant_(self.head.bias, -3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(self.stem(x))
+        middle = self.middle(F.max_pool2d(fine, 2))
+        coarse = self.coarse(F.max_pool2d(middle, 2))
+        middle = self.middle_again(torch.cat([_twice(coarse), middle], dim=1))
+        fine = self.fine_again(torch.cat([_twice(middle), fine], dim=1))
+        return _twice(self.head(fine))
 
 
 def smooth_cnn(num_classes: int, *, size: int = 32) -> nn.Module:
@@ -230,6 +265,19 @@ def _steps_per_second(
         loss_fn(model(x), y).mean().backward()
         optimizer.step()
     return round(steps / (time.perf_counter() - started), 1)
+
+
+def _two_convolutions(inputs: int, outputs: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False)]
+        layers += [nn.GroupNorm(4, outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Twice as many pixels along each side."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def _norm_2d(norm: Norm, channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The notebooks' figures: images, label mix, heat map, curves, gains, time line.
+"""The notebooks' figures: images, outlines, label mix, heat map, curves, time line.
 
 Each function draws one figure and returns it; colours can be told apart by colour-blind
 readers (Okabe and Ito 2008). Needs numpy and matplotlib: copy this file on its own.
@@ -59,6 +59,32 @@ def show_images(rows: Mapping[str, np.ndarray], titles: Sequence[str] = ()) -> F
             axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=10)
+    return fig
+
+
+def show_outlines(
+    images: np.ndarray,
+    outlines: Mapping[str, np.ndarray],
+    titles: Sequence[str] = (),
+) -> Figure:
+    """Show images in a row, with outlines drawn on them.
+
+    images: [C, H, W] grey. outlines: {label: masks [C, H, W] bool}, each label in a
+    colour of its own; titles: one per image.
+    """
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(1.5 * len(images), 2.1), squeeze=False
+    )
+    colors = dict(zip(outlines, COLORS[1:], strict=False))
+    for k, axis in enumerate(axes[0]):
+        axis.imshow(images[k], cmap="gray")
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(titles[k] if titles else "", fontsize=9)
+        for label, masks in outlines.items():
+            if masks[k].any():
+                axis.contour(masks[k], levels=[0.5], colors=colors[label], linewidths=1)
+    handles = [plt.Line2D([], [], color=color) for color in colors.values()]
+    fig.legend(handles, [*colors], loc="outside lower center", ncols=len(colors))
     return fig
 
 

@@ -3,10 +3,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fl_helpers.models import (
     Ensemble,
+    SmallUNet,
     _replace_stem,
     check_model,
     freeze,
@@ -219,3 +221,44 @@ def test_an_ensemble_averages_the_answers():
     torch.testing.assert_close(both(torch.zeros(3, 1)).softmax(dim=1), expected)
     with pytest.raises(ValueError, match="at least one"):
         Ensemble([])
+
+
+def test_an_ensemble_of_outlines_averages_the_probability_of_each_pixel():
+    class Says(nn.Module):
+        def __init__(self, odds):
+            super().__init__()
+            self.odds = odds
+
+        def forward(self, x):
+            return torch.full_like(x, math.log(self.odds))
+
+    both = Ensemble([Says(9.0), Says(1.0)])  # 90 % and 50 %: 70 %
+    x = torch.zeros(2, 1, 4, 4)
+    torch.testing.assert_close(both(x).sigmoid(), torch.full_like(x, 0.7))
+
+
+def test_a_small_unet_answers_pixel_by_pixel():
+    torch.manual_seed(0)
+    model = SmallUNet()
+    assert sum(p.numel() for p in model.parameters()) == 120_545
+    x = torch.randn(3, 1, 32, 48)
+    outputs = model.eval()(x)
+    assert outputs.shape == x.shape and (outputs < 0).all()  # it begins with "none"
+    # No statistics of a batch: an image alone gives the same.
+    torch.testing.assert_close(model(x[:1]), outputs[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_small_unet_learns_an_outline():
+    torch.manual_seed(0)
+    x = torch.zeros(16, 1, 16, 16)
+    for k in range(16):  # a bright square of 6 x 6 pixels on a dark ground
+        x[k, :, k % 8 : k % 8 + 6, (3 * k) % 8 : (3 * k) % 8 + 6] = 1
+    model = SmallUNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(model(x), x).backward()
+        optimizer.step()
+    said = model(x) > 0
+    both = (said & (x > 0)).sum().item()
+    assert 2 * both / (said.sum() + x.sum()).item() > 0.8  # Dice

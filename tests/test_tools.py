@@ -230,3 +230,14 @@ def test_intervals_write_what_was_withheld():
 def close_figures():
     yield
     matplotlib.pyplot.close("all")
+
+
+def test_outlines_are_drawn_on_their_images():
+    mask = np.zeros((2, 6, 6), bool)
+    mask[0, 2:4, 2:4] = True  # the second image has none
+    figure = plots.show_outlines(np.zeros((2, 6, 6)), {"true": mask}, ["a", "b"])
+    assert [len(axis.collections) for axis in figure.axes] == [1, 0]
+    line = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert line.min() == 1.5 and line.max() == 3.5  # half a pixel around it
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+    matplotlib.pyplot.close("all")
