@@ -21,6 +21,7 @@ from fl_helpers.cross_silo.on_premises.site import Site
 from fl_helpers.training import Update
 
 Row = dict[str, Any]
+Verdict = tuple[bool | None, str, str]
 
 
 def row(item: str, ok: bool | None, found: str, remedy: str = "") -> Row:
@@ -29,10 +30,8 @@ def row(item: str, ok: bool | None, found: str, remedy: str = "") -> Row:
     return {"item": item, "ok": ok, "found": found, "remedy": remedy}
 
 
-ITEMS = (
-    *("client function", "data", "silo name", "labels", "patients", "units"),
-    *("one batch", "gate"),
-)
+ITEMS = ("client function", "data", "silo name", "labels", "patients", "units")
+ITEMS += ("one batch", "gate")
 LOOK = "look at it with --show-errors, whose output is for the hospital's eyes only"
 FAILED = {  # codes of `precheck_trial`: what was found, and what to do
     "FAILED": ("the hospital's function raised {error}{line}", LOOK),
@@ -119,17 +118,20 @@ def data_rows(
     if sandbox.available_sandbox() == "none":
         return [row(item, None, "not tried without a sandbox") for item in ITEMS]
     found = try_out(site, asked, folder, ranges=ranges, whole=whole)
+    found |= {"ranges": ranges or {}, "kit": kit, "update": folder / "out" / UPDATE}
+    found |= {"folder": folder, "show_errors": show_errors, "whole": whole}
     failed, rows = found.get("failed"), []
     at = _item_of(failed) if failed else ""
     for item in ITEMS:
         if any(each["item"] == at for each in rows):
             rows.append(row(item, None, "not reached"))
-        elif item == at:
-            rows.append(_failed_row(item, failed, asked))
-        elif item == "gate":
-            rows.append(_gate_row(kit, found, asked, folder, show_errors))
-        else:
-            rows.append(_JUDGES[item](found, asked))
+            continue
+        try:
+            judge = _failed if item == at else _JUDGES[item]
+            rows.append(row(item, *judge(found, asked)))
+        except Exception:  # the process is the hospital's own code, and may lie
+            said = "the process did not give an answer that can be read"
+            rows.append(row(item, False, said, LOOK))
     if show_errors and found["said"]:
         shown = next((r for r in rows if r["ok"] is False or r["item"] == at), rows[-1])
         shown["found"] += f"\n{found['said']}"
@@ -141,9 +143,9 @@ def _item_of(failed: Mapping[str, Any]) -> str:
     return stage if stage in ITEMS else ITEMS[0]
 
 
-def _failed_row(item: str, failed: Mapping[str, Any], asked: Asked) -> Row:
+def _failed(found: Mapping[str, Any], asked: Asked) -> Verdict:
     """Only codes, a class name and a line number are taken from the process."""
-    code, error, line = (failed.get(key) for key in ("code", "error", "line"))
+    code, error, line = (found["failed"].get(key) for key in ("code", "error", "line"))
     code = code if code in FAILED else "FAILED"
     name = error if isinstance(error, str) and error.isidentifier() else "an error"
     where = f" (line {line} of its file)" if type(line) is int else ""
@@ -153,27 +155,28 @@ def _failed_row(item: str, failed: Mapping[str, Any], asked: Asked) -> Row:
             "the function seems to need the settings of a run: ask the coordinator for "
             "the run's folder and give it with --run"
         )  # fmt: skip
-        return row(item, None, said.format(error=name, line=where), remedy)
-    return row(item, False, said.format(error=name, line=where), remedy)
+        return None, said.format(error=name, line=where), remedy
+    return False, said.format(error=name, line=where), remedy
 
 
-def _loaded_row(found: Mapping[str, Any], asked: Asked) -> Row:
-    return row("client function", True, "it can be imported")
+def _loaded(found: Mapping[str, Any], asked: Asked) -> Verdict:
+    return True, "it can be imported", ""
 
 
-def _data_row(found: Mapping[str, Any], asked: Asked) -> Row:
+def _data(found: Mapping[str, Any], asked: Asked) -> Verdict:
     sizes = [
-        f"{labels['n'] if (labels := found['labels'].get(part)) else 'some'} to {verb}"
-        for part, verb in (("train", "train on"), ("test", "test with"))
+        f"{int(labels['n'])} to {part} with"
+        for part, labels in found.get("labels", {}).items()
+        if labels
     ]
-    return row("data", True, f"examples: {', '.join(sizes)}")
+    return True, f"{' and '.join(sizes) or 'examples'} were loaded", ""
 
 
-def _name_row(found: Mapping[str, Any], asked: Asked) -> Row:
-    return row("silo name", True, "the data are of the silo in local/site.json")
+def _name(found: Mapping[str, Any], asked: Asked) -> Verdict:
+    return True, "the data are of the silo in local/site.json", ""
 
 
-def _labels_row(found: Mapping[str, Any], asked: Asked) -> Row:
+def _labels(found: Mapping[str, Any], asked: Asked) -> Verdict:
     """Counts are for the hospital; only what no training can take is not ok."""
     settings = asked.run.settings if asked.run else {}
     said, wrong, missing = [], [], []
@@ -182,51 +185,49 @@ def _labels_row(found: Mapping[str, Any], asked: Asked) -> Row:
         if not labels:
             continue
         if labels["missing"]:
-            wrong.append(f"{labels['missing']} of {part} have no label")
+            wrong.append(f"{int(labels['missing'])} of {part} have no label")
         if labels["counts"] is None:
             continue
-        counts = {int(k): n for k, n in labels["counts"].items()}
+        counts = {int(k): int(n) for k, n in labels["counts"].items()}
         said.append(f"{part}: {counts}")
         classes = int(settings.get("num_classes", max(counts, default=0) + 1))
         wrong += [f"{part} has class {k}" for k in counts if not 0 <= k < classes]
         missing += [f"{part} has no class {k}" for k in {*range(classes)} - {*counts}]
     if wrong:
         remedy = "correct the column or the folders that the labels are read from"
-        return row("labels", False, "; ".join(wrong + said), remedy)
+        return False, "; ".join(wrong + said), remedy
     if missing:
         remedy = "if that is so, tell the coordinator; else look at how labels are read"
-        return row("labels", None, "; ".join(missing + said), remedy)
+        return None, "; ".join(missing + said), remedy
     if not said:
-        return row("labels", None, "no labels that are classes: nothing to count")
-    return row("labels", True, "; ".join(said))
+        return None, "no labels that are classes: nothing to count", ""
+    return True, "; ".join(said), ""
 
 
-def _patients_row(found: Mapping[str, Any], asked: Asked) -> Row:
+def _patients(found: Mapping[str, Any], asked: Asked) -> Verdict:
     """A patient in both parts makes every test result look better than it is."""
     known, both = found["patients"]["known"], found["patients"]["both"]
     what = "patients" if known else "examples that are equal in every bit"
     if both:
         remedy = "split by patient: `silos.make_silos(..., patients=...)` does so"
-        said = f"{both} {what} stand in the training and in the test part"
-        return row("patients", False, said, remedy)
+        said = f"{int(both)} {what} stand in the training and in the test part"
+        return False, said, remedy
     if known:
-        return row("patients", True, "no patient stands in both parts")
+        return True, "no patient stands in both parts", ""
     if both is None:
-        return row("patients", None, "there is no test part to compare with")
-    return row(
-        "patients",
-        None,
-        "no example stands in both parts; patients could not be compared",
-        "give the silo train_patients and test_patients, a name per example",
-    )
+        return None, "there is no test part to compare with", ""
+    said = "no example stands in both parts; patients could not be compared"
+    remedy = "give the silo train_patients and test_patients, a name per example"
+    return None, said, remedy
 
 
-def _units_row(found: Mapping[str, Any], asked: Asked) -> Row:
-    if not found["units"]:
+def _units(found: Mapping[str, Any], asked: Asked) -> Verdict:
+    if not found["ranges"]:
         remedy = "give the ranges that were agreed on, a JSON file, with --ranges"
-        return row("units", None, "no ranges to compare with", remedy)
+        return None, "no ranges to compare with", remedy
     wrong = []
-    for name, state in found["units"].items():
+    for name in found["ranges"]:
+        state = found["units"][name]
         if type(state) is int:
             size = f"{10 ** abs(state):,}"
             wrong.append(
@@ -237,48 +238,43 @@ def _units_row(found: Mapping[str, Any], asked: Asked) -> Row:
         elif state != "inside":
             wrong.append(f"more than 5 % of {name} lie outside of the agreed range")
     if not wrong:
-        return row("units", True, f"{len(found['units'])} quantities in their ranges")
+        return True, f"{len(found['ranges'])} quantities in their ranges", ""
     remedy = "convert to the agreed unit where the data are loaded; compare the columns"
-    return row("units", False, "; ".join(wrong), remedy)
+    return False, "; ".join(wrong), remedy
 
 
-def _batch_row(found: Mapping[str, Any], asked: Asked) -> Row:
+def _batch(found: Mapping[str, Any], asked: Asked) -> Verdict:
     if asked.run is None:
         remedy = "agree to a model first, or give the run's folder with --run"
-        return row("one batch", None, "not tried: no model is agreed to", remedy)
+        return None, "not tried: no model is agreed to", remedy
     how = "" if asked.told else "; settings and weights of the run were not known"
-    said = f"training and testing ended with numbers that are finite{how}"
-    return row("one batch", True, said)
+    what = "a whole turn" if found["whole"] else "a batch (--whole: a whole turn)"
+    said = f"{what} was trained and tested, with numbers that are finite{how}"
+    return True, said, ""
 
 
-_JUDGES = dict(
-    zip(
-        ITEMS,
-        (_loaded_row, _data_row, _name_row, _labels_row, _patients_row, _units_row,
-         _batch_row),
-        strict=False,
-    )
-)  # fmt: skip
-
-
-def _gate_row(
-    kit: Path, found: Mapping[str, Any], asked: Asked, folder: Path, show_errors: bool
-) -> Row:
+def _gate(found: Mapping[str, Any], asked: Asked) -> Verdict:
     """Pass the trial's update through the gate, as in a run."""
-    if asked.run is None or not (kit / "local" / "egress.json").exists():
+    if asked.run is None or not (found["kit"] / "local" / "egress.json").exists():
         remedy = "agree to a model: gate.allow, docs/hospital-administrator.md"
-        return row("gate", None, "not tried: nothing may leave yet", remedy)
+        return None, "not tried: nothing may leave yet", remedy
     silo, count, metrics = found["numbers"]
-    update = Update(silo, load_file(folder / "out" / UPDATE), count, metrics)
+    update = Update(silo, load_file(found["update"]), count, metrics)
     start = {name: asked.start[name] for name in asked.run.shared}
     try:
-        gate.rehearse(kit, update, start, folder=folder, secure=asked.run.secure)
+        how = {"folder": found["folder"], "secure": asked.run.secure}
+        gate.rehearse(found["kit"], update, start, **how)
     except exchange.Refused as refused:
         reason = refused.reason
         said, remedy = next(
             (v for words, v in REFUSALS.items() if words in reason),
             ("the gate refuses the update", LOOK),
         )
-        said += f"\n{reason}" if show_errors else ""
-        return row("gate", False, said, remedy)
-    return row("gate", True, "the update may leave; it was thrown away")
+        said += f"\n{reason}" if found["show_errors"] else ""
+        return False, said, remedy
+    return True, "the update may leave; it was thrown away", ""
+
+
+_JUDGES = {"client function": _loaded, "data": _data, "silo name": _name}
+_JUDGES |= {"labels": _labels, "patients": _patients, "units": _units}
+_JUDGES |= {"one batch": _batch, "gate": _gate}

@@ -45,6 +45,7 @@ VERIFY = {  # OpenSSL's codes for a certificate of the server that is not accept
     9: "is not valid yet: is this machine's clock right?",
     10: "has ended: telephone the coordinator",
     62: "is of another name: is the address in the kit right?",
+    64: "is of another address: the kit must have the server's name",
 }
 
 
