@@ -5,9 +5,12 @@ Kits are provisioned, the server is a few lines that speak TLS: no engine is sta
 
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +41,7 @@ from fl_helpers.exchange import Limits
 from fl_helpers.models import small_cnn
 from fl_helpers.silos import Examples, Silo
 
+ROOT = Path(__file__).parents[2]
 PATIENT = "Meier-Lueders"  # planted in data, names of files, and texts of errors
 METRICS = ("test_balanced_accuracy", "test_auroc")
 SETTINGS = {"num_classes": 2, "rounds": 3, "epochs": 1, "lr": 0.05, "batch_size": 8}
@@ -537,7 +541,7 @@ def test_another_version_or_other_code(tmp_path, monkeypatch):
 
 
 def test_the_version_is_the_one_that_is_installed_by_requirements():
-    text = (Path(__file__).parents[2] / "requirements.txt").read_text()
+    text = (ROOT / "requirements.txt").read_text()
     assert f"nvflare=={precheck.NVFLARE} " in text
 
 
@@ -768,3 +772,70 @@ def test_the_coordinators_kits(place, tmp_path, monkeypatch):
     rows = {each["item"]: each for each in precheck.precheck(kit.parent / "server")}
     assert rows["policy"]["ok"] is False and "harden_server" in rows["policy"]["remedy"]
     assert rows["connection"]["ok"] is None, "before the server is started"
+
+
+# ---- the page for the hospital's administrator
+
+
+def blocks(language):
+    text = (ROOT / "docs" / "hospital-administrator.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_page_has_two_screens_at_most():
+    text = (ROOT / "docs" / "hospital-administrator.md").read_text()
+    assert len(text.splitlines()) <= 110 and len(text.split()) <= 800
+
+
+@needs_sandbox
+def test_from_the_kit_to_ready_with_the_page_alone(place, tmp_path, capsys):
+    """The page's commands, with other folders and without what only root can do:
+    installing, another user and a firewall."""
+    here = tmp_path / "fl"
+    here.mkdir()
+    shutil.copytree(place.kits / "Hospital-A", here / "kit")
+    (here / "kit" / "local" / "egress.json").unlink()
+    shutil.copytree(place.asked, here / "run")
+    shutil.copytree(site.read_site(here / "kit").data, here / "data")
+    shutil.copy(hospital.__file__, here / "hospital.py")
+
+    def moved(text):
+        text = text.replace("/srv/fl", str(here))
+        return text.replace("/opt/fl/hospital.py", str(here / "hospital.py"))
+
+    path = here / "kit" / "local" / "site.json"
+    settings = path.read_text()
+    for line in moved(blocks("json")[0]).splitlines():
+        key = line.split(":")[0]
+        settings, changes = re.subn(rf"{key}: .*", line, settings)
+        assert changes == 1, line
+    path.write_text(settings)
+    (script,) = blocks("python")
+    exec(compile(moved(script), "agree.py", "exec"), {})
+    assert "what may leave: 20 entries of one model" in capsys.readouterr().out
+
+    _, rights, check = blocks("bash")
+    rights = re.sub(r"(?m)^chown \S+ \S+ [^&\n]*(&& )?", "", rights)
+    assert rights.count("chmod") == 2 and "chown" not in rights
+    python = "runuser -u fl -- /opt/fl/venv/bin/python"
+    assert python in check
+    check = check.replace(python, sys.executable)
+    with server(place.kits) as port:
+        set_target(here / "kit", "localhost", port)
+        done = subprocess.run(
+            ["bash", "-ec", moved(rights + check)], capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("ready"), done.stdout
+    assert (here / "kit" / "startup" / "client.key").stat().st_mode & 0o077 == 0
+
+
+def test_the_page_and_the_command_name_the_same_options():
+    text = (ROOT / "docs" / "hospital-administrator.md").read_text()
+    rows = {
+        line.split("`")[1].split()[0] for line in re.findall(r"(?m)^\| `--.*", text)
+    }
+    source = Path(precheck.__file__).read_text()
+    assert rows | {"--run"} == set(
+        re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)
+    )

@@ -66,7 +66,7 @@ def kind_of(kit: Path) -> str:
 def _user(kit: Path) -> Verdict:
     if os.geteuid() == 0:
         said = "you are root, who may read and change everything"
-        return None, said, "run it as the service's user: sudo -u fl ..."
+        return None, said, "run it as the service's user: runuser -u fl -- ..."
     return True, "an ordinary user of this machine", ""
 
 
