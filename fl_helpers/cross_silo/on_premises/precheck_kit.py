@@ -119,7 +119,7 @@ def _key(kit: Path) -> Verdict:
     if _key_file(kit).stat().st_mode & 0o077:
         said = "other users of this machine can read or change the private key"
         remedy = "if it may have been copied, ask for a new kit"
-        return False, said, f"chmod 600 {_key_file(kit)}; {remedy}"
+        return False, said, f"chmod 600 startup/{_key_file(kit).name}; {remedy}"
     return True, "only its owner can read it", ""
 
 
