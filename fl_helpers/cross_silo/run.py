@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Run:
     rounds, seed: as in `run_rounds`.
     quorum: valid updates that a round needs; None is those of all silos.
     deadline: seconds that a round may take, where the engine can keep to it.
+    wait_for_quorum: seconds that a round waits for silos to come back before it ends
+        the run without a quorum; on your own machines only.
     aggregate: "weighted_average", or a server rule or robust rule by its name.
     options: keyword arguments of that rule.
     trainable: names of the entries that gradients change, for a rule that needs them.
@@ -54,6 +56,7 @@ class Run:
     seed: int
     quorum: int | None = None
     deadline: int = 60
+    wait_for_quorum: int = 0
     aggregate: str = "weighted_average"
     options: Mapping[str, float] = field(default_factory=dict)
     trainable: Collection[str] = ()
@@ -111,6 +114,8 @@ def to_plain(run: Run) -> dict[str, Any]:
         plain[key] = sorted(plain[key])
     for key in ("options", "settings"):
         plain[key] = dict(plain[key])
+    if not run.wait_for_quorum:  # as runs were written that did not know it
+        del plain["wait_for_quorum"]
     plain["stop"] = asdict(run.stop) if run.stop else None
     plain["limits"] = asdict(run.limits) | {"metrics": sorted(run.limits.metrics)}
     return plain
@@ -120,8 +125,10 @@ def from_plain(plain: Mapping[str, Any]) -> Run:
     """The run that `to_plain` described, with params that have no content.
 
     params: tensors of the device "meta": names, shapes and dtypes, in the model's
-    order. Raises ValueError as `Run` does, TypeError for keys that are not known.
+    order. Raises ValueError as `Run` does, TypeError for keys that are not known and
+    for values of another type.
     """
+    _check_types(plain)
     limits = dict(plain["limits"])
     limits["metrics"] = frozenset(limits["metrics"])
     params = {
@@ -133,6 +140,45 @@ def from_plain(plain: Mapping[str, Any]) -> Run:
     return Run(**{**plain, **made})
 
 
+def _check_types(plain: Mapping[str, Any]) -> None:
+    """Of what was sent: plain values only, before anything is made of them."""
+    for key, kind in _PLAIN.items():
+        value = plain.get(key, kind.default)
+        if type(value) not in kind.types:
+            raise TypeError(f"{key} of a run must not be {value!r}")
+        inside = value.values() if isinstance(value, dict) else value or ()
+        if kind.items and not all(type(item) in kind.items for item in inside):
+            raise TypeError(f"{key} of a run must not hold {value!r}")
+    for shape, dtype in plain["params"].values():
+        sizes = [size for size in shape if type(size) is int and size >= 0]
+        if sizes != shape or not isinstance(getattr(torch, dtype), torch.dtype):
+            raise TypeError(f"params of a run must not hold {[shape, dtype]}")
+
+
+class _Kind(NamedTuple):
+    """types: of a value. items: of what a collection holds. default: of older runs."""
+
+    types: tuple[type, ...]
+    items: tuple[type, ...] = ()
+    default: Any = None
+
+
+_NUMBERS, _NONE = (int, float), type(None)
+_PLAIN = {  # of each key of a run as JSON has it
+    **{key: _Kind((int,)) for key in ("rounds", "seed", "deadline")},
+    **{key: _Kind((str,)) for key in ("name", "aggregate")},
+    **{key: _Kind((bool,)) for key in ("evaluate", "secure")},
+    **{key: _Kind((list,), (str,)) for key in ("trainable", "keep_local")},
+    "params": _Kind((dict,), (list,)),
+    "quorum": _Kind((int, _NONE)),
+    "wait_for_quorum": _Kind((int,), default=0),
+    "options": _Kind((dict,), (*_NUMBERS, bool)),
+    "settings": _Kind((dict,), (*_NUMBERS, bool, str)),
+    "stop": _Kind((dict, _NONE), (str, int, bool)),
+    "limits": _Kind((dict,), (*_NUMBERS, _NONE, list)),
+}
+
+
 def _check_counts(run: Run) -> None:
     for key in ("rounds", "quorum", "deadline"):
         value = getattr(run, key)
@@ -140,6 +186,10 @@ def _check_counts(run: Run) -> None:
             continue
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
+    if type(run.wait_for_quorum) is not int or run.wait_for_quorum < 0:
+        raise ValueError(
+            f"wait_for_quorum must be an integer >= 0, got {run.wait_for_quorum!r}"
+        )
     if type(run.seed) is not int:
         raise ValueError(f"seed must be an integer, got {run.seed!r}")
 

@@ -24,6 +24,12 @@ from fl_helpers.training import Update, num_examples
 MOVED = {"fl_helpers.hospital": "fl_helpers.cross_silo.hospital"}  # kits name these
 
 
+class WrongData(ValueError):
+    """The data are another silo's."""
+
+    code = "DATA_UNREADABLE"  # all that leaves the silo of it
+
+
 @dataclass(frozen=True)
 class Place:
     """What is a silo's own in a run, beside its data.
@@ -69,7 +75,12 @@ def load_client(
     Raises ValueError for an entry of another form and for data of another silo,
     whatever importing the function raises, and TypeError if it returns something else.
     """
-    function, given = load_function(entry), [Path(data), dict(settings)]
+    try:
+        function = load_function(entry)
+    except Exception as error:
+        error.code = "CLIENT_UNKNOWN"  # all that leaves a silo of it
+        raise
+    given: list[Any] = [Path(data), dict(settings)]
     if len(inspect.signature(function).parameters) > 2:
         if place is None:
             raise ValueError(f"{entry} needs a place of its own; this engine has none")
@@ -78,7 +89,7 @@ def load_client(
     if not isinstance(client, Client):
         raise TypeError(f"{entry} must return a Client, got {type(client).__name__}")
     if client.silo.name != silo:
-        raise ValueError(f"the data are of {client.silo.name!r}, this is {silo!r}")
+        raise WrongData(f"the data are of {client.silo.name!r}, this is {silo!r}")
     return client
 
 

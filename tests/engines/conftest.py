@@ -1,11 +1,21 @@
 """Three hospitals with data of their own, and one fleet for all tests that need one."""
 
+import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.signal import Signal
+from nvflare.apis.workspace import Workspace
 from safetensors.torch import save_file
 
+from fl_helpers import exchange
+from fl_helpers.cross_silo.on_premises import executor, gate, job, site
+from fl_helpers.cross_silo.run import Run
 from fl_helpers.exchange import Limits
 
 from . import hospital
@@ -78,3 +88,61 @@ def wait_until(condition, seconds, what):
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
         time.sleep(0.1)
+
+
+# ---- one hospital's kit, and its executor, without a process
+
+
+STATE = {"w": torch.ones(2, 2), "n": torch.tensor(3), "own": torch.zeros(4)}
+SENT = {name: STATE[name] for name in ("w", "n")}
+
+
+@pytest.fixture
+def kit(tmp_path):
+    for name in ("startup", "local"):
+        (tmp_path / name).mkdir()
+    own = site.Site("Hospital A", "hospital_a", "/data", "hospital:client")
+    site.harden_site(tmp_path, own)
+    gate.allow(tmp_path, STATE, keep_local=["own"], metrics=["test_loss"])
+    return tmp_path
+
+
+COUNTING = """
+from types import SimpleNamespace
+from fl_helpers.cross_silo.turn import Client
+from fl_helpers.training import Update
+
+def client(data, settings):
+    silo = SimpleNamespace(name=data.name, train=([0], [0]))
+    def update(params, silo, *, round_index, rng):
+        params = {**params, "own": params["own"] + 1}
+        return Update(silo.name, params, 1, {"train_loss": 0.5})
+    def evaluate(params, silo):
+        return {"loss": 0.25, "worst": float("nan")}
+    return Client(silo, update, evaluate)
+"""
+
+
+@pytest.fixture
+def train(kit, tmp_path):
+    """train(round): what the executor of a kit makes of a task; "own" counts up."""
+    (tmp_path / "mine.py").write_text(COUNTING)
+    own = site.read_site(kit)
+    own = replace(own, data="/Hospital A", client=f"{tmp_path}/mine.py:client")
+    site.write_site(kit, own)
+    workspace, context = Workspace(str(kit)), FLContext()
+    context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace)
+    context.set_prop(FLContextKey.CURRENT_RUN, "job")
+    run = Run("x", STATE, rounds=1, seed=1, keep_local=["own"])
+    sent = job.write_job(run, tmp_path / "jobs", ["Hospital A"]) / "app" / job.CONFIG
+    shutil.copytree(sent, Path(workspace.get_app_dir("job")) / job.CONFIG)
+
+    def train(round_index, task="train", sent=SENT):
+        trainer = executor.SiteExecutor()  # a new one
+        exchange.write_model(tmp_path / "model", sent, round_index=round_index)
+        message = gate.pack(tmp_path / "model")
+        message["round"] = round_index
+        return trainer.execute(task, message, context, Signal())
+
+    train.run_json = Path(workspace.get_app_dir("job")) / job.CONFIG / job.RUN
+    return train

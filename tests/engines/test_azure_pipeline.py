@@ -194,6 +194,7 @@ STOP = Stop("loss", 2)
         ({"part_rounds": 3}, "to 2; more"),
         ({"silos": frozenset({"Hospital A"})}, "a run needs 2 silos, got 1"),
         ({"silos": frozenset({"x", "y"})}, r"no such silos: \['x', 'y'\]"),
+        ({"wait_for_quorum": 9}, "wait_for_quorum is for runs on premises"),
         ({"quorum": 2}, "no quorum and no stop; rounds.play_rounds has"),
         ({"secure": True}, "secure sums are for runs on premises"),
         ({"stop": STOP}, "no quorum and no stop; rounds.play_rounds has"),

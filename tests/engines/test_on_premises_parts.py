@@ -6,7 +6,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,6 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
-from nvflare.apis.signal import Signal
 from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey
 from nvflare.fuel.f3.endpoint import Endpoint
@@ -47,6 +48,8 @@ from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.training import Update
+
+from .conftest import SENT, STATE, wait_until
 
 LIMITS = exchange.Limits()
 EXAMPLE = Path(exchange.__file__).with_name("cross_silo") / "silos.yaml"
@@ -283,20 +286,6 @@ def test_the_worker_is_guarded_too(monkeypatch):
 # ---- the gate
 
 
-STATE = {"w": torch.ones(2, 2), "n": torch.tensor(3), "own": torch.zeros(4)}
-SENT = {name: STATE[name] for name in ("w", "n")}
-
-
-@pytest.fixture
-def kit(tmp_path):
-    for name in ("startup", "local"):
-        (tmp_path / name).mkdir()
-    own = site.Site("Hospital A", "hospital_a", "/data", "hospital:client")
-    site.harden_site(tmp_path, own)
-    gate.allow(tmp_path, STATE, keep_local=["own"], metrics=["test_loss"])
-    return tmp_path
-
-
 def through(kit, result, task="train"):
     context = FLContext()
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, Workspace(str(kit)))
@@ -456,7 +445,7 @@ def test_of_an_error_only_the_code_leaves(kit):
 def test_without_a_policy_nothing_leaves(kit):
     (kit / "local" / "egress.json").unlink()
     sent = through(kit, result())
-    assert sent.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
+    assert sent.get_return_code() == "MODEL_REFUSED" and set(sent) == {"__headers__"}
 
 
 def test_without_the_gate_the_engine_cannot_send_an_update():
@@ -476,29 +465,56 @@ def test_unpack_takes_bytes_only(tmp_path):
 # ---- launcher, executor, controller, fleet
 
 
-def new_worker(code, relaunches):
+def new_worker(code, relaunches, **hour):
     command = [sys.executable, "-S", "-c", code]
-    return worker.Worker(command, dict(os.environ), relaunches)
+    return worker.Worker(command, dict(os.environ), relaunches, **hour)
 
 
-def test_a_worker_that_dies_is_started_again(tmp_path):
+def test_a_worker_that_dies_is_started_again_so_often_in_an_hour(tmp_path):
     count = tmp_path / "count"
     code = f"open({str(count)!r}, 'a').write('x'); import sys; sys.exit(3)"
-    started = new_worker(code, relaunches=1)
-    started.wait()
-    assert count.read_text() == "xx"
+    started = new_worker(code, relaunches=1, hour=1.5)
+    waiting = threading.Thread(target=started.wait)
+    begun = time.monotonic()
+    waiting.start()
+    wait_until(lambda: count.exists() and count.read_text() == "xxx", 30, "3 starts")
+    # The second start is a second after the first; the third an "hour" after that.
+    assert time.monotonic() - begun >= 2.5
     assert started.poll() == JobReturnCode.UNKNOWN  # the run is not failed for all
+    started.terminate()
+    waiting.join(10)
+    assert not waiting.is_alive() and started.over
 
 
 def test_a_worker_that_ends_or_is_stopped_is_not_started_again():
     done = new_worker("pass", relaunches=5)
     done.wait()
-    assert done.poll() == JobReturnCode.SUCCESS and done.left == 5
+    assert done.poll() == JobReturnCode.SUCCESS and not done.restarts and done.over
+    never = new_worker("raise SystemExit(3)", relaunches=0)
+    never.wait()
+    assert never.over and not never.restarts
     stopped = new_worker("import time; time.sleep(60)", relaunches=5)
     stopped.terminate()
     before = time.monotonic()
     stopped.wait()
-    assert time.monotonic() - before < 10 and stopped.left == 5
+    assert time.monotonic() - before < 10 and not stopped.restarts
+
+
+def test_of_jobs_that_are_over_a_kit_keeps_the_logs(tmp_path):
+    jobs = [str(uuid.uuid4()) for _ in range(3)]
+    for name in ("startup", "local", "kept", "secure"):
+        (tmp_path / name / "app").mkdir(parents=True)
+    for job_id in jobs:
+        folder = Path(Workspace(str(tmp_path), "A").get_app_dir(job_id)) / job.CONFIG
+        folder.mkdir(parents=True)
+        (folder / job.INITIAL).write_bytes(b"model")
+        (tmp_path / job_id / "log.txt").write_text("said")
+    worker.remove_models(tmp_path, jobs[2:])
+    left = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob(job.INITIAL)]
+    assert left == jobs[2:]
+    assert sorted(p.parent.name for p in tmp_path.rglob("log.txt")) == sorted(jobs)
+    for name in ("local", "kept", "secure"):
+        assert (tmp_path / name / "app").exists()
 
 
 def test_a_process_ends_with_its_parent(tmp_path):
@@ -529,60 +545,24 @@ def test_a_process_ends_with_its_parent(tmp_path):
 # ---- the executor
 
 
-COUNTING = """
-from types import SimpleNamespace
-from fl_helpers.cross_silo.turn import Client
-from fl_helpers.training import Update
-
-def client(data, settings):
-    silo = SimpleNamespace(name=data.name, train=([0], [0]))
-    def update(params, silo, *, round_index, rng):
-        params = {**params, "own": params["own"] + 1}
-        return Update(silo.name, params, 1, {"train_loss": 0.5})
-    def evaluate(params, silo):
-        return {"loss": 0.25, "worst": float("nan")}
-    return Client(silo, update, evaluate)
-"""
-
-
-@pytest.fixture
-def train(kit, tmp_path):
-    """train(round): what the executor of a kit makes of a task; "own" counts up."""
-    (tmp_path / "mine.py").write_text(COUNTING)
-    own = site.read_site(kit)
-    own = replace(own, data="/Hospital A", client=f"{tmp_path}/mine.py:client")
-    site.write_site(kit, own)
-    workspace, context = Workspace(str(kit)), FLContext()
-    context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace)
-    context.set_prop(FLContextKey.CURRENT_RUN, "job")
-    run = Run("x", STATE, rounds=1, seed=1, keep_local=["own"])
-    sent = job.write_job(run, tmp_path / "jobs", ["Hospital A"]) / "app" / job.CONFIG
-    shutil.copytree(sent, Path(workspace.get_app_dir("job")) / job.CONFIG)
-
-    def train(round_index, task="train"):
-        trainer = executor.SiteExecutor()  # a new one
-        exchange.write_model(tmp_path / "model", SENT, round_index=round_index)
-        message = gate.pack(tmp_path / "model")
-        message["round"] = round_index
-        return trainer.execute(task, message, context, Signal())
-
-    return train
-
-
 def own_entry(kit):
     kept = sorted((kit / "kept").glob("*/*.safetensors"))
     return {path.stem: load_file(path)["own"][0].item() for path in kept}
 
 
-def test_entries_that_stay_are_kept_for_two_rounds_and_a_round_can_be_repeated(
+def test_entries_that_stay_are_kept_for_three_rounds_and_a_round_can_be_repeated(
     train, kit
 ):
-    for round_index in (0, 1, 2):
+    for round_index in (0, 1, 2, 3):
         update = train(round_index)["update"].update
         assert update.params.keys() == SENT.keys()
-    assert own_entry(kit) == {"000001": 2.0, "000002": 3.0}  # after each round
-    train(2)  # again, as after a crash: from round 1's, not from its own result
-    assert own_entry(kit) == {"000001": 2.0, "000002": 3.0}
+    after = {"000001": 2.0, "000002": 3.0, "000003": 4.0}  # each round adds one
+    assert own_entry(kit) == after
+    for round_index in (3, 2, 3):  # again: from the round before, not their own result
+        train(round_index)
+        assert own_entry(kit) == after
+    # What round 1 began with is gone: not the initial entries, which would be wrong.
+    assert train(1).get_return_code() == "OWN_ENTRIES_LOST"
 
 
 def test_metrics_that_are_no_numbers_stay(train):
@@ -595,13 +575,13 @@ def test_metrics_that_are_no_numbers_stay(train):
 def test_data_of_another_silo_are_not_trained_on(train, kit):
     own = replace(site.read_site(kit), data="/Hospital B")
     site.write_site(kit, own)
-    assert train(0).get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert train(0).get_return_code() == "DATA_UNREADABLE"
 
 
 def test_of_an_exception_only_a_code_is_handed_on(train, kit):
     site.write_local(kit, "egress.json", {"entries": {}})  # then reading it fails
     answer = train(0)
-    assert answer.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert answer.get_return_code() == "KIT_DAMAGED"
     assert "update" not in answer and "KeyError" not in str(answer)
 
 
@@ -683,7 +663,11 @@ class Engine:
 @pytest.mark.parametrize(
     "verdict, submitted, message",
     [
-        ("FINISHED:EXECUTION_EXCEPTION", 3, "ended 3 times, as FINISHED:EXEC"),
+        (
+            "FINISHED:EXECUTION_EXCEPTION",
+            3,
+            "ended 3 times .* as FINISHED:EXEC",
+        ),
         ("FINISHED:ABORTED", 1, "ended as FINISHED:ABORTED"),  # somebody wanted that
     ],
 )

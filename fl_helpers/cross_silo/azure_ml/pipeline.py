@@ -315,6 +315,11 @@ def _check_run(run: Run, federation: Federation, part: Part) -> None:
     own = federation.azure_ml
     if run.secure:
         raise ValueError("secure sums are for runs on premises; here, set secure=False")
+    if run.wait_for_quorum:
+        raise ValueError(
+            "wait_for_quorum is for runs on premises; here, set it to 0, and play the "
+            "run again when more silos are there"
+        )
     count = len((federation.only(part.silos) if part.silos else federation).silos)
     if count < 2:
         raise ValueError(f"a run needs 2 silos, got {count}")

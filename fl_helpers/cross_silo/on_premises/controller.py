@@ -2,7 +2,8 @@
 
 It sends the global model, takes what comes back within the deadline, refuses what is
 not an update of this model, and calls the run's rule in the order of the silos' names:
-the same bits as `simulation.run_rounds`.
+the same bits as `simulation.run_rounds`. A round without its quorum is asked again for
+as long as the run waits for one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,26 +27,17 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fl_helpers import exchange
+from fl_helpers.cross_silo.on_premises.attendance import Answers, Attendance
 from fl_helpers.cross_silo.on_premises.gate import pack, unpack
 from fl_helpers.cross_silo.on_premises.job import Job, read_job
 from fl_helpers.cross_silo.on_premises.record import Record, State
+from fl_helpers.cross_silo.on_premises.refusals import CODES, SPENT
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
 from fl_helpers.simulation import Metrics, NoQuorum, Params
 
-SPENT = "PRIVACY_BUDGET_SPENT"  # the answer of a silo that takes part no more
 START_UP = 60  # seconds that the silos' workers may need before the first task
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What came back for one task, by silo: updates, and reasons of refusals.
-
-    silos: those whose updates count; a secure sum has one update for all of them.
-    """
-
-    updates: dict[str, Any] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    silos: tuple[str, ...] = ()
+AGAIN = "start the same run again when more silos are there, it goes on from here"
+PAUSE = 10  # seconds before a silo that refused is asked the same again
 
 
 class RoundController(Controller):
@@ -54,15 +46,17 @@ class RoundController(Controller):
     Writes into `runs/<name>/` of the server's kit, see `record.Record`.
     """
 
+    asks_all_again = False  # in a round that waits for its quorum
+
     def __init__(self) -> None:
         super().__init__()
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.lock = threading.Lock()  # answers come in by several threads
-        self.absent: set[str] = set()  # sites that did not answer when last asked
-        self.heard: set[str] = set()  # sites that asked for work since
-        self.ended: set[str] = set()  # silos whose privacy budget is spent
+        self.there = Attendance({})
+        self.rounds_done = 0
         self.started = 0.0  # when the last task went out
         self.bytes_down = 0  # of the model in it
+        self.sent = 0  # bytes of models in this round
         self.params: Params = {}  # the global model
         # What is not known before the run starts.
         self.job: Job | None = None
@@ -76,13 +70,14 @@ class RoundController(Controller):
         if event_type == EventType.START_RUN:
             end_with_parent()
         if event_type == EventType.BEFORE_PROCESS_TASK_REQUEST:
-            self.heard.add(fl_ctx.get_peer_context().get_identity_name())
+            self.there.heard.add(fl_ctx.get_peer_context().get_identity_name())
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         # Seconds; NVFlare 2.9.0 does not pass on the constructor's task_check_period.
         self.communicator._task_check_period = 0.05
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
         self.job = read_job(fl_ctx)
+        self.there = Attendance(self.job.silos)
         self.record = Record(Path(workspace.get_root_dir(), "runs", self.job.run.name))
         self.download = Path(workspace.get_run_dir(fl_ctx.get_job_id())) / "final"
 
@@ -92,26 +87,39 @@ class RoundController(Controller):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         self.abort, self.context = abort_signal, fl_ctx
         try:
+            with self.record.alone(fl_ctx.get_job_id()):
+                self._play_or_say_why()
+        except Exception as error:
+            self.system_panic(str(error), fl_ctx)
+
+    def _play_or_say_why(self) -> None:
+        """The run; if it ends early, with the model of its last round as the final."""
+        try:
             self._play()
         except Exception as error:
             kind = "no_quorum" if isinstance(error, NoQuorum) else "failed"
             kind = "aborted" if self.abort.triggered else kind
-            self.record.event(kind, reason=str(error))
-            self.system_panic(str(error), fl_ctx)
+            if kind == "no_quorum":
+                self.record.publish(self.rounds_done, self.download)
+            self.record.event(kind, reason=str(error), rounds=self.rounds_done)
+            raise
 
     def _play(self) -> None:
         job, run, record = self.job, self.job.run, self.record
         initial = job.initial(run.shared)
         self.rule = run.make_rule(initial)
         state, self.params = record.resume(job.id, initial, self.rule)
+        self.rounds_done = state.rounds_done
+        record.require_room(self.params, rounds=run.rounds, silos=len(job.silos))
         record.event("start", round=state.rounds_done, rounds=run.rounds)
-        self._begin()
+        self._begin_patiently()
         while state.rounds_done < run.rounds and self._round(state):
             if run.stop and run.stop.reached(state.scores):
                 record.event("stopped", round=state.rounds_done - 1)
                 break
         done = state.rounds_done
-        if run.evaluate and (sites := self._present(done)):
+        self._say_who_is_back(done)
+        if run.evaluate and (sites := self.there.present()):
             self._tested(done, self._ask("evaluate", done, sites), state)
         record.publish(done, self.download)
         record.event("done", rounds=done)
@@ -119,21 +127,34 @@ class RoundController(Controller):
     def _begin(self) -> None:
         """Before the first round, also of a run that is resumed."""
 
+    def _begin_patiently(self) -> None:
+        end = time.monotonic() + self.job.run.wait_for_quorum
+        while True:
+            try:
+                return self._begin()
+            except NoQuorum as error:
+                self._wait(0, self._unasked(), str(error), end)
+
+    def _unasked(self) -> Answers:
+        """For a question that nobody can be said to have answered."""
+        return Answers(refused=dict.fromkeys(self.job.silos.values(), ""))
+
     def _round(self, state: State) -> bool:
         """One round: the global model, the checkpoint and `state` move on together.
         False if hospitals have spent their budgets, so that there is none any more."""
-        index, sites = state.rounds_done, self._present(state.rounds_done)
-        silos = [self.job.silos[site] for site in sites]
+        index, begun = state.rounds_done, time.monotonic()
+        self._say_who_is_back(index)
+        self.record.require_room(self.params, rounds=1, silos=len(self.job.silos))
+        silos = [self.job.silos[site] for site in self.there.present()]
         self.record.event("round_start", round=index, silos=silos)
-        answers = self._ask("train", index, sites)
-        seconds = round(time.monotonic() - self.started, 3)
-        missing = self._note_absent(index, sites, answers)
-        self._tested(index, answers, state)
-        if not self._is_quorate(index, answers, missing):
+        self.sent, missing = 0, set()
+        if (answers := self._until_quorate(index, missing)) is None:
             return False
+        seconds = round(time.monotonic() - begun, 3)
+        self._tested(index, answers, state)
         updates = [answers.updates[silo] for silo in sorted(answers.updates)]
         self.params = self.rule(iter(updates))
-        state.rounds_done = index + 1
+        self.rounds_done = state.rounds_done = index + 1
         self.record.save(state, self.params, self.rule)
         self.record.event(
             "round_end",
@@ -141,33 +162,73 @@ class RoundController(Controller):
             seconds=seconds,
             silos=list(answers.silos),
             refused=answers.refused,
-            missing=missing,
-            bytes_down=len(sites) * self.bytes_down,
+            missing=sorted(missing - {*answers.silos}),
+            bytes_down=self.sent,
             bytes_up=sum(u.num_bytes for u in updates),
             train={u.silo: _split(u.metrics)[0] for u in updates},
         )
         return True
 
+    def _until_quorate(self, index: int, missing: set[str]) -> Answers | None:
+        """The answers of a round; those that lack are asked again until the quorum is
+        reached. None if hospitals have spent their budgets, so that it cannot be.
+
+        missing: gets the silos that missed a deadline. Raises NoQuorum if the time for
+        it is over.
+        """
+        answers, end = Answers(), time.monotonic() + self.job.run.wait_for_quorum
+        sites = self.there.present()
+        while True:
+            try:
+                answers, why = self._ask_again(answers, index, sites), ""
+                missing.update(self._note_missing(index, sites, answers))
+            except NoQuorum as error:  # of a secure sum that could not be opened
+                answers, why = self._unasked(), str(error)
+            self.sent += len(sites) * self.bytes_down
+            if len(answers.silos) >= self.quorum:
+                return answers
+            why = why or self.there.why(index, answers, self.quorum)
+            if self._is_spent(index, why):
+                return None
+            sites = self._wait(index, answers, why, end)
+
+    def _is_spent(self, index: int, why: str) -> bool:
+        """Whether those that are missing for good are too many for a quorum."""
+        ended = sorted(self.there.ended)
+        if len(self.job.silos) - len(ended) >= self.quorum:
+            return False
+        spent = f"the privacy budget is spent at {ended}"
+        self.record.event("stopped", round=index - 1, reason=f"{spent}; {why}")
+        return True
+
+    def _wait(self, index: int, answers: Answers, why: str, end: float) -> list[str]:
+        """Wait for silos to come back; the sites that are to be asked again."""
+        begun, silos = time.monotonic(), self.job.silos
+        known = () if self.asks_all_again else answers.silos
+        awaited = sorted({*silos.values()} - {*answers.silos} - self.there.ended)
+        if begun < end:
+            left = round(end - begun)
+            about = {"round": index, "silos": awaited, "seconds": left, "reason": why}
+            self.record.event("waiting", **about)
+        while time.monotonic() < end and not self.abort.triggered:
+            time.sleep(0.1)
+            self._say_who_is_back(index)
+            sites = [s for s in self.there.present() if silos[s] not in known]
+            could = {*answers.silos, *(silos[site] for site in sites)}
+            calm = time.monotonic() > begun + PAUSE
+            again = calm or not any(silos[site] in answers.refused for site in sites)
+            if len(could) >= self.quorum and again:
+                return sites
+        self._check_aborted()
+        raise NoQuorum(f"{why}; {AGAIN}")
+
     @property
     def quorum(self) -> int:
         return self.job.run.quorum or len(self.job.silos)
 
-    def _is_quorate(self, index: int, answers: Answers, missing: list[str]) -> bool:
-        """False if those that are missing for good are; raises NoQuorum otherwise."""
-        if len(answers.silos) >= self.quorum:
-            return True
-        why = (
-            f"round {index}: {len(answers.silos)} valid updates, the quorum is "
-            f"{self.quorum}; missing: {missing}, refused: {answers.refused}"
-        )
-        if len(self.job.silos) - len(self.ended) < self.quorum:
-            spent = f"the privacy budget is spent at {sorted(self.ended)}"
-            self.record.event("stopped", round=index - 1, reason=f"{spent}; {why}")
-            return False
-        raise NoQuorum(
-            f"{why}; start the run again when more silos are there, it goes on from "
-            "the last round"
-        )
+    def _ask_again(self, before: Answers, index: int, sites: list[str]) -> Answers:
+        """Those that lack are asked; what was answered before counts."""
+        return before.more(self._ask("train", index, sites))
 
     def _ask(self, task: str, index: int, sites: list[str]) -> Answers:
         """The answers of all, or those that came before the deadline."""
@@ -192,8 +253,7 @@ class RoundController(Controller):
         self.broadcast_and_wait(
             work, self.context, sites, len(sites), abort_signal=self.abort
         )
-        if self.abort.triggered:
-            raise RuntimeError("the run was aborted")
+        self._check_aborted()
         with self.lock:  # what comes later finds the task closed
             return Answers(dict(answers.updates), dict(answers.refused))
 
@@ -207,7 +267,8 @@ class RoundController(Controller):
         try:
             if (code := message.get_return_code()) != ReturnCode.OK:
                 if code == SPENT:
-                    self.ended.add(silo)
+                    self.there.ended.add(silo)
+                passed["means"] = CODES.get(code, "")
                 raise exchange.Refused(silo, f"the site answered {code}")
             task = client_task.task.name
             update = self._take(task, message, silo, index)
@@ -257,24 +318,21 @@ class RoundController(Controller):
     def process_result_of_unknown_task(self, *_: object, **__: object) -> None:
         """An answer after the deadline is not used."""
 
-    def _present(self, index: int) -> list[str]:
-        """Who is asked: not those who did not answer and have not asked for work since.
-        So a silo costs the others at most one deadline."""
-        for site in sorted(self.absent & self.heard):
-            self.record.event("back", round=index, silo=self.job.silos[site])
-        self.absent -= self.heard
-        silos = self.job.silos
-        gone = self.absent | {site for site in silos if silos[site] in self.ended}
-        return sorted(silos.keys() - gone)
+    def _check_aborted(self) -> None:
+        if self.abort.triggered:
+            raise RuntimeError("the run was aborted")
 
-    def _note_absent(self, index: int, sites: list[str], answers: Answers) -> list[str]:
-        heard, silos = {*answers.silos, *answers.refused}, self.job.silos
-        missing = [site for site in sites if silos[site] not in heard]
-        for site in missing:
-            self.record.event("missing", round=index, silo=silos[site])
-        self.absent.update(missing)
-        self.heard.difference_update(missing)
-        return [silos[site] for site in missing]
+    def _say_who_is_back(self, index: int) -> None:
+        for silo in self.there.back():
+            self.record.event("back", round=index, silo=silo)
+
+    def _note_missing(
+        self, index: int, sites: list[str], answers: Answers
+    ) -> list[str]:
+        missing = self.there.note(index, sites, {*answers.silos, *answers.refused})
+        for silo in missing:
+            self.record.event("missing", round=index, silo=silo)
+        return missing
 
     def _tested(self, index: int, answers: Answers, state: State) -> None:
         """Scores of the global model after `index` rounds; they come with the next."""

@@ -16,29 +16,34 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
 from fl_helpers.cross_silo import turn
-from fl_helpers.cross_silo.on_premises.gate import (
-    Unreleased,
-    code_of,
-    read_policy,
-    unpack,
-)
+from fl_helpers.cross_silo.on_premises.gate import Unreleased, read_policy, unpack
 from fl_helpers.cross_silo.on_premises.guards import SiteGuard
-from fl_helpers.cross_silo.on_premises.job import Job, read_job
+from fl_helpers.cross_silo.on_premises.job import Job, read_job, round_of
+from fl_helpers.cross_silo.on_premises.refusals import (
+    Refusal,
+    blamed,
+    code_of,
+    require_room,
+)
 from fl_helpers.cross_silo.on_premises.secure_site import SecureSite
 from fl_helpers.cross_silo.on_premises.site import ACCOUNT, read_site
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
 from fl_helpers.simulation import Params
 
+KEPT = 3  # rounds, of the entries that never leave
+
 
 class SiteExecutor(Executor):
     """Answers the tasks "train" and "evaluate" of a run with an `Unreleased` update.
 
-    Entries that never leave are kept in the kit, with the two last rounds' values, so
-    that a worker or a server that died can do a round again.
+    Entries that never leave are kept in the kit, with the three last rounds' values, so
+    that a worker or a server that died, or a checkpoint that was damaged, can do a
+    round again.
     """
 
     def __init__(self) -> None:
@@ -59,14 +64,8 @@ class SiteExecutor(Executor):
         kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
         try:
             self.job = self.job or read_job(fl_ctx)
-            site = read_site(kit)
-            self.client = self.client or turn.load_client(
-                site.client, site.data, self.job.run.settings, silo=site.silo,
-                place=turn.Place(
-                    (kit / ACCOUNT).parent, f"{self.job.run.name} {self.job.id}",
-                    site.epsilon, site.delta,
-                ),
-            )  # fmt: skip
+            round_of(shareable)
+            self.client = self.client or _load_client(kit, self.job)
             if self.job.run.secure:
                 self.sums = self.sums or SecureSite(self.job, kit, self.client)
                 answer = self.sums.answer(task_name, shareable, self._answer)
@@ -74,16 +73,20 @@ class SiteExecutor(Executor):
                 answer = self._answer(task_name, shareable, kit)
         except Exception as error:  # its text may name a patient: it stays in the log
             self.logger.exception(f"task {task_name!r} failed")
-            return make_reply(code_of(error, ReturnCode.EXECUTION_EXCEPTION))
+            return make_reply(code_of(error))
         result = make_reply(ReturnCode.OK)
         result["update"] = answer
         return result
 
     def _answer(self, task: str, message: Shareable, kit: Path) -> Unreleased:
         if task not in ("train", "evaluate"):
-            raise ValueError(f"a plain run has no task {task!r}")
-        job, index, kept = self.job, message["round"], kit / "kept" / self.job.id
-        with tempfile.TemporaryDirectory() as folder:
+            raise Refusal("JOB_REFUSED", f"a plain run has no task {task!r}")
+        job, index, kept = self.job, round_of(message), kit / "kept" / self.job.id
+        require_room(kit, _needed(job), f"round {index} of run {job.run.name!r}")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            blamed("MODEL_REFUSED", exchange.Refused),
+        ):
             params = turn.receive(
                 job.run,
                 unpack(message, folder, exchange.MODEL),
@@ -92,20 +95,47 @@ class SiteExecutor(Executor):
                 expected=read_policy(kit).expected,
                 ledger=exchange.Ledger(kit / "ledger.jsonl"),
             )
-        if task == "evaluate":
-            update = turn.test(job.run, self.client, params, round_index=index)
-        else:
-            update, own = turn.train(job.run, self.client, params, round_index=index)
-            _keep(kept, own, index)
+        own: Params = {}
+        with blamed("DATA_UNREADABLE", OSError, EOFError):
+            how = {"round_index": index}
+            if task == "evaluate":
+                update = turn.test(job.run, self.client, params, **how)
+            else:
+                update, own = turn.train(job.run, self.client, params, **how)
+        _keep(kept, own, index)
         start = {name: params[name] for name in job.run.shared}
         return Unreleased(update, index, start)
 
 
+def _load_client(kit: Path, job: Job) -> turn.Client:
+    """What the hospital's settings name. An account is this run's."""
+    with blamed("KIT_DAMAGED", TypeError):
+        site = read_site(kit)
+    own = (kit / ACCOUNT).parent, f"{job.run.name} {job.id}", site.epsilon, site.delta
+    with blamed("DATA_UNREADABLE", OSError, EOFError, SafetensorError):
+        return turn.load_client(
+            site.client,
+            site.data,
+            job.run.settings,
+            silo=site.silo,
+            place=turn.Place(*own),
+        )
+
+
+def _needed(job: Job) -> int:
+    """Bytes on the disk for one turn: the model as it comes in, the update as it goes
+    out, the entries that are kept, and the ledger."""
+    return 3 * sum(value.nbytes for value in job.run.params.values()) + 10**6
+
+
 def _own_entries(job: Job, kept: Path, round_index: int) -> Params:
     """Entries that stay here, as they were before this round."""
-    before = [
-        p for p in sorted(kept.glob("*.safetensors")) if int(p.stem) < round_index
-    ]
+    found = sorted(kept.glob("*.safetensors"))
+    before = [path for path in found if int(path.stem) < round_index]
+    if len(found) == KEPT and not before:
+        raise Refusal(
+            "OWN_ENTRIES_LOST", f"{kept} has later rounds than {round_index} only"
+        )
     return load_file(before[-1]) if before else job.initial(job.run.keep_local)
 
 
@@ -116,5 +146,5 @@ def _keep(kept: Path, own: Params, round_index: int) -> None:
     path = kept / f"{round_index:06d}.safetensors"
     save_file(own, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
-    for old in sorted(kept.glob("*.safetensors"))[:-2]:
+    for old in sorted(kept.glob("*.safetensors"))[:-KEPT]:
         old.unlink()

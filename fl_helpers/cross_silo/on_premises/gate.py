@@ -23,10 +23,10 @@ from nvflare.apis.shareable import Shareable, make_reply
 from torch import Tensor
 
 from fl_helpers import exchange
-from fl_helpers.cross_silo.on_premises.site import read_site, write_local
+from fl_helpers.cross_silo.on_premises.refusals import CODES, GATE, Refusal, code_of
+from fl_helpers.cross_silo.on_premises.site import read_local, read_site, write_local
 from fl_helpers.training import Update
 
-CODES = ("SECURE_SUM_DENIED", "PRIVACY_BUDGET_SPENT")  # beside those of the engine
 SEALED = exchange.Limits(metrics=frozenset({"attempt"}))  # of a masked update
 
 
@@ -69,17 +69,27 @@ class Policy(NamedTuple):
 
 
 def read_policy(kit: str | Path) -> Policy:
-    """What `allow` set."""
-    policy = json.loads((Path(kit) / "local" / "egress.json").read_text())
-    expected = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, (shape, dtype) in policy["entries"].items()
-    }
-    limits = exchange.Limits(
-        max_bytes=policy["max_bytes"],
-        max_norm=policy.get("max_norm"),
-        metrics=frozenset(policy["metrics"]),
-    )
+    """What `allow` set. Raises Refusal if nothing was, or if it is damaged."""
+    path = Path(kit) / "local" / "egress.json"
+    if not path.exists():
+        raise Refusal(
+            "MODEL_REFUSED", f"{path} is missing: `gate.allow` says what may leave"
+        )
+    policy = read_local(kit, path.name)
+    try:
+        expected = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for name, (shape, dtype) in policy["entries"].items()
+        }
+        limits = exchange.Limits(
+            max_bytes=policy["max_bytes"],
+            max_norm=policy.get("max_norm"),
+            metrics=frozenset(policy["metrics"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refusal(
+            "KIT_DAMAGED", f"{path} is damaged ({error!r}): call `gate.allow` again"
+        ) from error
     return Policy(expected, limits, policy.get("secure", False))
 
 
@@ -160,12 +170,7 @@ class EgressGate(Filter):
         code = shareable.get_return_code()
         if code != ReturnCode.OK:
             known = {*vars(ReturnCode).values(), *CODES}
-            code = code if code in known else ReturnCode.ERROR
-            item = {"what": f"code {code}", "bytes": len(code)}
-            ledger.add(
-                [item], direction="out", silo=silo, round_index=None, verdict="accepted"
-            )
-            return make_reply(code)
+            return _say(ledger, code if code in known else ReturnCode.ERROR, silo)
         try:
             if type(found) is Spoken:
                 return _speak(ledger, found, silo)
@@ -175,7 +180,7 @@ class EgressGate(Filter):
             return _release(kit, ledger, found, silo, task)
         except Exception as error:
             self.logger.warning(f"the gate let nothing out: {error}")
-            return make_reply(code_of(error, ReturnCode.TASK_RESULT_FILTER_ERROR))
+            return make_reply(code_of(error, GATE))
 
 
 def _release(
@@ -233,10 +238,17 @@ def _speak(ledger: exchange.Ledger, found: Spoken, silo: str) -> Shareable:
     return message
 
 
-def code_of(error: Exception, otherwise: str) -> str:
-    """All that leaves of an error: a code of its own, if it has one that is known."""
-    code = getattr(error, "code", None)
-    return code if code in CODES else otherwise
+def _say(ledger: exchange.Ledger, code: str, silo: str) -> Shareable:
+    """A code, and its line in the ledger; if there is no room for that, the one that
+    says so."""
+    item = {"what": f"code {code}", "bytes": len(code)}
+    try:
+        ledger.add(
+            [item], direction="out", silo=silo, round_index=None, verdict="accepted"
+        )
+    except OSError as error:
+        code = code_of(error, GATE)
+    return make_reply(code)
 
 
 def pack(folder: str | Path) -> Shareable:

@@ -1,5 +1,7 @@
 """Nothing passes between hospitals: two guards on the engine's message layer.
 
+Each also says when it starts, and every day, what is wrong with its certificates.
+
 Hospitals need to talk to the coordinator's server only. `HubGuard` sits in the server
 and drops whatever does not begin or end there; `SiteGuard` sits in every process of a
 hospital and acts on requests of the server and of the hospital's own processes only.
@@ -13,11 +15,14 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey as Header
 from nvflare.fuel.f3.cellnet.defs import MessagePropKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
+
+from fl_helpers.cross_silo.on_premises import certificates
 
 SERVER = "server"  # first part of the name of each of the server's processes
 REFUSED_TOPICS = frozenset({"sys.shell"})  # browsing a hospital's files
@@ -41,6 +46,9 @@ class _Guard(FLComponent):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in STARTS and not self.own:
             self.install(fl_ctx.get_engine().get_cell().core_cell)
+        if event_type == EventType.SYSTEM_BOOTSTRAP:  # before it tries to connect
+            kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
+            certificates.watch(kit, self.logger.error)
 
     def install(self, core: Any) -> None:
         self.own = family(core.get_fqcn())

@@ -21,14 +21,20 @@ from nvflare.apis.fl_context import FLContext
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fl_helpers.cross_silo.federation import SHAPES
+from fl_helpers.cross_silo.on_premises.refusals import Refusal
 from fl_helpers.cross_silo.on_premises.site import CONTROLLERS, HERE, site_name
 from fl_helpers.cross_silo.run import SMALLEST_SET, Run, from_plain, to_plain
 from fl_helpers.simulation import Params
 
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
+SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
-MAY_CHANGE = ("rounds", "quorum", "deadline", "stop")  # of a run that is resumed
+MAY_CHANGE = (  # of a run that is resumed
+    *("rounds", "quorum", "deadline", "stop"),
+    "wait_for_quorum",
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,28 @@ class Job:
 
 
 def read_job(fl_ctx: FLContext) -> Job:
-    """The job of this process."""
+    """The job of this process. Raises Refusal for one that is not of the agreed form:
+    its names become those of folders, and its numbers are used."""
     workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
     folder = Path(workspace.get_app_dir(fl_ctx.get_job_id())) / CONFIG
-    found = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    if not re.fullmatch("[0-9a-f]{32}", found["id"]):  # it names folders
-        raise ValueError("the id of a run has 32 hexadecimal digits")
-    return Job(found["id"], found["silos"], from_plain(found["run"]), folder)
+    try:
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if not re.fullmatch("[0-9a-f]{32}", found["id"]):
+            raise ValueError("the id of a run has 32 hexadecimal digits")
+        for site, silo in found["silos"].items():
+            if not re.fullmatch(SILO, silo, re.ASCII) or site != site_name(silo):
+                raise ValueError(f"the name of a silo must match {SILO}, got {silo!r}")
+        return Job(found["id"], found["silos"], from_plain(found["run"]), folder)
+    except Exception as error:
+        raise Refusal("JOB_REFUSED", f"{folder / RUN}: {error!r}") from error
+
+
+def round_of(message: Mapping[str, Any]) -> int:
+    """The round that a task says it is of; it names files, too."""
+    index = message.get("round")
+    if type(index) is not int or not 0 <= index < 10**6:
+        raise Refusal("JOB_REFUSED", f"a task of round {index!r}")
+    return index
 
 
 def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:

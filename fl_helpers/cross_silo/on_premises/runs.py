@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fl_helpers import exchange
+from fl_helpers.cross_silo.on_premises.certificates import certificate_problems
 from fl_helpers.cross_silo.on_premises.job import write_job
+from fl_helpers.cross_silo.on_premises.line import LOST, Line, Patience, RunError
+from fl_helpers.cross_silo.on_premises.site import site_name
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.simulation import Params
 
+__all__ = ["Patience", "RunError", "new_events", "play", "result", "spans"]
 LAST = ("done", "failed", "no_quorum")
-
-
-class RunError(RuntimeError):
-    """A run, a server or a silo failed; the message says which, and why."""
+LOOK = 2  # seconds between two questions to the server
+REJOIN = 300  # seconds before a silo that came back may make the run start anew again
 
 
 def play(
@@ -34,9 +39,10 @@ def play(
     jobs: Path,
     check: Callable[[], None] = lambda: None,
     timeout: float = 3600,
-    restarts: int = 2,
+    patience: Patience = Patience(),  # noqa: B008 - it is frozen
 ) -> Iterator[dict[str, Any]]:
-    """Start a run and yield its events until it is over; the last one is "done".
+    """Start a run, or follow the job that plays it already, and yield its events until
+    it is over; the last one is "done".
 
     session: of NVFlare's `new_secure_session`.
     silos: names of those that are asked.
@@ -44,28 +50,44 @@ def play(
     jobs: a folder for what the engine is told.
     check: called again and again; raises if the run should end.
     timeout: seconds for the whole run.
-    restarts: how often a run goes on from its last round after the engine gave it up,
-        as it does when one silo reports a failure.
+    patience: with a silent server, and with an engine that gives up.
 
-    Events: start, round_start, update, refused, missing, back, tested, asked_again (in
-    a secure run, with the smaller set), round_end, restart, stopped, done; each a dict
-    with "event", "time" and what belongs to it.
-    Raises RunError if the run fails. Closing the iterator, or an interrupt, aborts it.
+    Events of the run: start, round_start, update, refused (with what its code "means"),
+    missing, back, waiting (whom for, how long), tested, asked_again (in a secure run,
+    with the smaller set), round_end, damaged (a checkpoint, with its file), stopped,
+    done. Events of this side: attached (with all that the job said so far after it),
+    left_out (a silo that the job could not be given to), no_answer (of the server, for
+    how many seconds), restart, certificate (what is wrong with the server's). Each is a
+    dict with "event", "time" and what belongs to it.
+    Raises RunError if the run fails. Closing the iterator, or an interrupt, aborts it;
+    if this process is killed, the run goes on, and the same lines follow it.
     """
-    log = server_kit / "runs" / run.name / "events.jsonl"
+    line = Line(session, patience)
+    watch = _Watch(run, line, [*silos], server_kit / "runs" / run.name, check)
+    watch.end = time.monotonic() + timeout
+    for problem in certificate_problems(server_kit):
+        yield _event("certificate", reason=problem)
     folder = write_job(run, jobs.resolve(), silos)  # else the engine looks elsewhere
-    end = time.monotonic() + timeout
-    for left in reversed(range(restarts + 1)):
+    yield from watch.attach()
+    left = patience.restarts
+    while True:
         try:
-            yield from _play_once(run, session, folder, log, check, end)
+            if not watch.job:
+                yield from watch.gather()
+                yield from watch.submit(folder)
+            for event in watch.follow():
+                left = patience.restarts if event["event"] == "round_end" else left
+                yield event
             return
         except _GivenUp as error:
             if not left:
                 raise RunError(
-                    f"run {run.name!r} ended {restarts + 1} times, as {error}; the "
-                    "server's log says which silo reported a failure"
+                    f"run {run.name!r} ended {patience.restarts + 1} times without a "
+                    f"round between, as {error}; the server's log says which silo "
+                    "reported a failure"
                 ) from None
-            yield {"event": "restart", "time": time.time(), "reason": str(error)}
+            left, watch.job = left - 1, ""
+            yield _event("restart", reason=str(error))
 
 
 def result(run: Run, server_kit: Path) -> Params:
@@ -89,59 +111,204 @@ def spans(events: Iterable[dict[str, Any]]) -> Iterator[tuple[str, float, float,
 
 
 class _GivenUp(Exception):
-    """The engine ended a run that had begun, and our controller had no say in it."""
+    """The engine ended a run that had begun, and our controller had no say in it; or a
+    job that it can no more be played in."""
 
 
-def _play_once(
-    run: Run,
-    session: Any,
-    folder: Path,
-    log: Path,
-    check: Callable[[], None],
-    end: float,
-) -> Iterator[dict[str, Any]]:
-    seen = log.stat().st_size if log.exists() else 0
-    over, begun = False, False
-    job, asked = session.submit_job(str(folder)), time.monotonic()
-    try:
-        while not over:
-            check()
-            if time.monotonic() > end:
-                raise RunError(f"run {run.name!r} is not over in the time it was given")
-            verdict = ""
-            if time.monotonic() - asked > 2:  # before the events: they come first
-                asked, verdict = time.monotonic(), _verdict(session, job)
-            events, seen = new_events(log, seen)
-            for event in events:
-                over, begun = event["event"] in LAST, True
-                yield event
-                if over and event["event"] != "done":
-                    raise RunError(f"run {run.name!r}: {event['reason']}")
-            if verdict and not events:
-                if begun and "ABORTED" not in verdict:  # that was somebody's wish
-                    raise _GivenUp(verdict)
-                raise RunError(f"run {run.name!r} ended as {verdict}")
-            time.sleep(0.05)
-    finally:
-        if not over:
-            with contextlib.suppress(Exception):
-                session.abort_job(job)
+@dataclass
+class _Watch:
+    """One run, as it is seen from the coordinator's side.
+
+    folder: of the run, at the server. end: when the time for it is over. job: the
+    engine's name of the job that plays it. seen: bytes of its log that were read.
+    away: silos that are missing, as its events say. waiting: whether the run waits for
+    them. looked: when these were last looked for. rejoined: when a silo last made the
+    run start anew.
+    """
+
+    run: Run
+    line: Line
+    silos: list[str]
+    folder: Path
+    check: Callable[[], None]
+    end: float = 0.0
+    job: str = ""
+    seen: int = 0
+    away: set[str] = field(default_factory=set)
+    waiting: bool = False
+    looked: float = -math.inf
+    rejoined: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    def pause(self, seconds: float = 0.05) -> None:
+        self.check()
+        if time.monotonic() > self.end:
+            raise RunError(
+                f"run {self.run.name!r} is not over in the time it was given"
+            )
+        time.sleep(seconds)
+
+    def attach(self) -> Iterator[dict[str, Any]]:
+        """Take the job that was started before, if it still plays the run."""
+        path = self.folder / "job.json"
+        if not path.exists():
+            return
+        with contextlib.suppress(ValueError, KeyError):  # torn: it was not begun
+            known = json.loads(path.read_text(encoding="utf-8"))
+            job, seen = str(known["job"]), int(known["seen"])
+            while (lives := self.line.lives(job)) is None:
+                yield from self.line.silence()
+                self.pause(1)
+            if lives:
+                self.job, self.seen = job, seen
+                yield _event("attached", job=job)
+
+    def gather(self) -> Iterator[dict[str, Any]]:
+        """If the run waits for its quorum, do so before the engine is told of it."""
+        needed = self.run.quorum or len(self.silos)
+        end, said = time.monotonic() + self.run.wait_for_quorum, 0.0
+        while self.run.wait_for_quorum:
+            there = self.line.connected()
+            missing = [silo for silo in self.silos if site_name(silo) not in there]
+            if len(self.silos) - len(missing) >= needed:
+                return
+            yield from self.line.silence()
+            now = time.monotonic()
+            if now > end:
+                raise RunError(
+                    f"run {self.run.name!r}: {missing} are not connected, the quorum "
+                    f"is {needed}: their logs say why, look at certificates and network "
+                    "first; then run the same lines again"
+                )
+            if now - said > self.line.patience.silence:
+                said = now
+                yield _event("waiting", silos=missing, seconds=round(end - now))
+            self.pause(1)
+
+    def submit(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """Have the run played, and note in which job."""
+        self.seen = self.log.stat().st_size if self.log.exists() else 0
+        while not (job := self.line.ask(self.line.session.submit_job, str(folder))):
+            yield from self.line.silence()
+            self.pause(1)
+        self.job, self.away, self.waiting = job, set(), False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "job.json"
+        text = json.dumps({"job": job, "seen": self.seen})
+        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def follow(self) -> Iterator[dict[str, Any]]:
+        """The events of the job, until the last one; _GivenUp if it ends without."""
+        over, begun, told, asked = False, False, False, time.monotonic()
+        try:
+            while not over:
+                self.pause()
+                verdict = ""
+                if (
+                    time.monotonic() - asked > LOOK
+                ):  # before the events: they come first
+                    asked, verdict = time.monotonic(), self.line.verdict(self.job)
+                    if not told:
+                        told = yield from self._say_left_out()
+                events = self._new_events()
+                for event in events:
+                    over, begun = event["event"] in LAST, True
+                    yield event
+                    if over and event["event"] != "done":
+                        raise RunError(f"run {self.run.name!r}: {event['reason']}")
+                if verdict and not events:
+                    self._end(verdict, begun)
+                if not over:
+                    yield from self.line.silence()
+                    yield from self._rejoin(events)
+        finally:
+            if not over:
+                with contextlib.suppress(Exception):
+                    self.line.session.abort_job(self.job)
+
+    def _new_events(self) -> list[dict[str, Any]]:
+        events, self.seen = new_events(self.log, self.seen)
+        for event in events:
+            self.line.heard()
+            kind = event["event"]
+            self.waiting = kind == "waiting" or (self.waiting and kind != "round_end")
+            self.away |= {*event["silos"]} if kind == "waiting" else set()
+            self.away |= {event["silo"]} if kind == "missing" else set()
+            self.away -= {event["silo"]} if kind in ("back", "update") else set()
+        return events
+
+    def _end(self, verdict: str, begun: bool) -> None:
+        """The engine says that the job is over, without a last event."""
+        aborted = "ABORTED" in verdict  # that was somebody's wish
+        if verdict == LOST or (not aborted and (begun or self.run.wait_for_quorum)):
+            raise _GivenUp(verdict)
+        raise RunError(
+            f"run {self.run.name!r} ended as {verdict}; the server's log says why"
+        )
+
+    def _say_left_out(self) -> Iterator[dict[str, Any]]:
+        """Returns whether it is known by now who takes part."""
+        sites = {site_name(silo): silo for silo in self.silos}
+        found = self.line.left_out(self.job, sites)
+        for site, reason in (found or {}).items():
+            self.away.add(sites[site])
+            yield _event("left_out", silo=sites[site], reason=reason)
+        return found is not None
+
+    def _rejoin(self, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Start anew between two rounds, or in one that waits, for silos that came back
+        and do not take part, for the engine gives a job to those only that are there
+        when it begins."""
+        between = any(event["event"] == "round_end" for event in events)
+        if not (self.run.wait_for_quorum and self.away and (between or self.waiting)):
+            return
+        now = time.monotonic()
+        if now - self.looked < LOOK:  # not at every turn
+            return
+        self.looked = now
+        sites = {
+            site_name(silo): silo
+            for silo in self.away
+            if now - self.rejoined.get(silo, -math.inf) >= REJOIN
+        }
+        back = sorted(sites[site] for site in self.line.idle(self.job, sites))
+        if not back:
+            return
+        self.rejoined |= dict.fromkeys(back, now)
+        self.line.ask(self.line.session.abort_job, self.job)
+        until = time.monotonic() + 60
+        while not self.line.verdict(self.job) and time.monotonic() < until:
+            yield from self.line.silence()
+            self.pause(0.5)
+        yield from self._new_events()
+        raise _GivenUp(f"{back} came back and take part again")
+
+
+def _event(kind: str, **content: Any) -> dict[str, Any]:
+    return {"event": kind, "time": round(time.time(), 3), **content}
 
 
 def new_events(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Events in the whole lines after byte `start`, and the byte after them."""
+    """Events in the whole lines after byte `start`, and the byte after them.
+
+    A line that is damaged is an event "damaged" with the file's name.
+    """
     if not path.exists():
         return [], start
     with path.open("rb") as file:
         file.seek(start)
         whole = file.read().rpartition(b"\n")[0]
     lines = whole.splitlines()
-    return [json.loads(line) for line in lines], start + len(whole) + bool(lines)
+    return [_parse(line, path) for line in lines], start + len(whole) + bool(lines)
 
 
-def _verdict(session: Any, job: str) -> str:
-    """How the engine says that the job ended; empty if it has not."""
-    with contextlib.suppress(Exception):  # the next look may work
-        status = str(session.get_job_meta(job).get("status"))
-        return status if status.startswith(("FINISHED", "FAILED", "ABORTED")) else ""
-    return ""
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return {"event": "damaged", **json.loads(line)}
+    except (ValueError, TypeError) as error:
+        reason = f"a line of {path} cannot be read ({error}); the run does not need it"
+        return _event("damaged", file=str(path), reason=reason)

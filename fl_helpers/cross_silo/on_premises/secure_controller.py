@@ -22,7 +22,8 @@ from nvflare.apis.shareable import Shareable
 
 from fl_helpers import exchange
 from fl_helpers.cross_silo.fixed_point import ALL, FRACTION_BITS, Plain, decode
-from fl_helpers.cross_silo.on_premises.controller import Answers, RoundController
+from fl_helpers.cross_silo.on_premises.attendance import Answers
+from fl_helpers.cross_silo.on_premises.controller import RoundController
 from fl_helpers.cross_silo.on_premises.gate import SEALED, pack
 from fl_helpers.cross_silo.secure import MAX_HELLO, Question, Sum
 from fl_helpers.simulation import NoQuorum, Params
@@ -34,6 +35,8 @@ class SecureController(RoundController):
     `secure.json` in the run's folder says what was asked last, and is written before it
     is asked: a run that is resumed asks the same again.
     """
+
+    asks_all_again = True  # who has answered keeps that, and does not train again
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,6 +84,10 @@ class SecureController(RoundController):
             self.record.event("asked_again", round=index, silos=left)
             asked = replace(asked, attempt=asked.attempt + 1, silos=left)
         return Answers({}, refused, asked.silos)
+
+    def _ask_again(self, before: Answers, index: int, sites: list[str]) -> Answers:
+        """All of the last set; a sum has no parts that could count alone."""
+        return self._ask("train", index, sites)
 
     def _question(
         self, kind: str, index: int, silos: tuple[str, ...], model: str, total: int
@@ -165,8 +172,8 @@ class SecureController(RoundController):
         if missing := sorted({*silos} - answers.updates.keys()):
             raise NoQuorum(
                 f"{missing} did not {what}, and without them nothing of this sum can "
-                f"be read; refused: {answers.refused}; start the run again when all of "
-                f"{list(silos)} are there"
+                f"be read: all of {list(silos)} must be there; refused: "
+                f"{answers.refused}"
             )
 
     def _known(self) -> dict[str, Any]:

@@ -21,6 +21,12 @@ CONTROLLERS = (  # of a plain run, of a secure one
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
 
+class Damaged(ValueError):
+    """A file of a kit cannot be read; the message says which, and what to do."""
+
+    code = "KIT_DAMAGED"  # all that leaves a hospital of it
+
+
 @dataclass(frozen=True)
 class Site:
     """A hospital's own settings, `local/site.json` in its kit.
@@ -28,8 +34,8 @@ class Site:
     silo: its name in all results. organisation: in its certificate. data: the place of
     its data, given to its client function. client: "module:function" or
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
-    worker that died is started again within a run. epsilon, delta: its privacy budget,
-    for a client function that trains with one; no run can change it.
+    worker that died is started again within an hour; 0 is never. epsilon, delta: its
+    privacy budget, for a client function that trains with one; no run can change it.
     """
 
     silo: str
@@ -52,14 +58,13 @@ def site_name(silo: str) -> str:
 
 
 def read_site(kit: str | Path) -> Site:
-    """The silo's settings; ValueError for those of a kit that was hardened before.
-
-    TypeError for keys that are missing or not known.
+    """The silo's settings; ValueError for those of a kit that was hardened before, or
+    that is damaged. TypeError for keys that are missing or not known.
     """
     path = Path(kit) / "local" / "site.json"
-    found = json.loads(path.read_text())
+    found = read_local(kit, path.name)
     if (version := found.pop("version", 1)) != VERSION:
-        raise ValueError(
+        raise Damaged(
             f"{path} is of version {version}, this code takes {VERSION}: harden the "
             "kit again with `harden_site`, see docs/on-premises.md, A new version"
         )
@@ -145,6 +150,22 @@ def write_local(kit: str | Path, name: str, content: Any) -> None:
     """Write one of the files of a kit's `local/` folder."""
     path = Path(kit) / "local" / name
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_local(kit: str | Path, name: str) -> dict[str, Any]:
+    """One of the files of a kit's `local/` folder; Damaged if it cannot be read."""
+    path = Path(kit) / "local" / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = "it must be a JSON object"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise Damaged(
+        f"{path} is missing or damaged ({reason}): bring it back from a backup, or "
+        "harden the kit again, docs/on-premises.md, Kits"
+    )
 
 
 def _component(id: str, path: str, args: Mapping[str, Any] | None = None) -> Any:
