@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fl_helpers.cross_silo import sandbox, turn
 from fl_helpers.cross_silo.on_premises.site import Site
+from fl_helpers.cross_silo.on_premises.trainer import code_of_client
 from fl_helpers.cross_silo.run import Run, from_plain, to_plain
 from fl_helpers.silos import Rows
 from fl_helpers.simulation import Params
@@ -111,7 +112,7 @@ def try_out(
     command = [sys.executable, "-m", __name__, json.dumps(plan)]
     own = {key: value for key, value in os.environ.items() if key in ("LANG", "PATH")}
     own |= {"HOME": str(out), "TMPDIR": str(out), "OMP_NUM_THREADS": "1"}
-    read = [site.data, given, folder / "code", *_code_of(site.client)]
+    read = [site.data, given, folder / "code", *code_of_client(site.client)]
     confined = sandbox.sandboxed(command, read=read, write=[out], network=False)
     failed = {"stage": "client function", "code": "ENDED", "error": "", "line": None}
     try:
@@ -131,20 +132,6 @@ def try_out(
     except (OSError, ValueError):  # killed, or it wrote something else
         found, said = {"failed": failed}, done.stderr
     return found | {"said": said.decode(errors="replace")[-4000:]}
-
-
-def _code_of(client: str) -> Iterator[Path]:
-    """What a function's file may import: what lies beside it, if that is no kit."""
-    place = client.rpartition(":")[0]
-    if not place.endswith(".py"):
-        for folder in filter(None, sys.path):
-            yield from Path(folder).glob(place.partition(".")[0])
-            yield from Path(folder).glob(place.partition(".")[0] + ".py")
-        return
-    file = Path(place).resolve()
-    kits = [path / "startup" for path in (file.parent, *file.parents)]
-    inside = any(path.exists() for path in kits)
-    yield file if inside or any(file.parent.glob("*/startup")) else file.parent
 
 
 # ---- the confined process

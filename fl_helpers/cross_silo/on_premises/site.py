@@ -36,6 +36,7 @@ class Site:
     "/path/to/file.py:function", see `client.load_client`. relaunches: how often a
     worker that died is started again within an hour; 0 is never. epsilon, delta: its
     privacy budget, for a client function that trains with one; no run can change it.
+    network: whether that function may use the network, to ask a data base say.
     """
 
     silo: str
@@ -45,6 +46,7 @@ class Site:
     relaunches: int = 2
     epsilon: float | None = None
     delta: float | None = None
+    network: bool = False
 
     @property
     def name(self) -> str:
