@@ -434,7 +434,7 @@ def damaged_certificate(kit, place):
         (writable_policy, "policy is protected", "can change it", "chown root"),
         (soft_policy, "policy", "weaker", "harden_site"),
         (no_gate, "policy", "weaker", "harden_site"),
-        (damaged_settings, "own settings", "JSONDecodeError", "copy the kit again"),
+        (damaged_settings, "own settings", "site.json", "copy the kit again"),
         (old_settings, "own settings", "version 1", "copy the kit again"),
         (no_data, "data folder", "there is no", "put the data there"),
         (no_name, "server's name", "has no address", "/etc/hosts"),

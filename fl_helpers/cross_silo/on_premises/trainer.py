@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -27,7 +27,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fl_helpers.cross_silo import sandbox, turn
-from fl_helpers.cross_silo.on_premises.job import Job
 from fl_helpers.cross_silo.on_premises.refusals import (
     CODES,
     FAILED,
@@ -39,6 +38,9 @@ from fl_helpers.cross_silo.on_premises.site import ACCOUNT, read_site
 from fl_helpers.cross_silo.run import from_plain, to_plain
 from fl_helpers.simulation import Params
 from fl_helpers.training import Update, num_examples
+
+if TYPE_CHECKING:
+    from fl_helpers.cross_silo.on_premises.job import Job  # with the engine: slow
 
 Head = dict[str, Any]
 GIB = 2**30
