@@ -351,7 +351,7 @@ def restart(fleet, who):
 
 def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     silos = [silo.name for silo in fleet.federation.silos]
-    run = new_run("other", params, rounds=1)
+    run = new_run("other", params, rounds=1, quorum=1)
     code = job.write_job(run, tmp_path / "code", silos)
     (code / "app" / "custom").mkdir()
     (code / "app" / "custom" / "mine.py").write_text("print('hello')")
@@ -366,10 +366,28 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     content["executors"][0]["executor"] = {"path": stock, "args": {}}
     config.write_text(json.dumps(content))
     sent = fleet.session.submit_job(str(other))
-    for site in fleet.sites:
-        log, why = fleet.logs / f"{site}.log", f"{stock}' at config path"
-        wait_until(lambda: why in log.read_text(), 30, f"{site} refuses it")  # noqa: B023
+    wait_until(lambda: line.verdict(sent), 30, "all hospitals refuse it")
+    assert "FAILED_TO_RUN" in line.verdict(sent)
+    codes = line.left_out(sent, fleet.sites).values()
+    assert len(codes) == 3 and all(c.startswith("CLASS_REFUSED (") for c in codes)
+    assert f"CLASS_REFUSED: the job names ['{stock}']" in log_of(fleet, "Hospital-B")
+    # Without the look at jobs that arrive, the list of classes holds by itself.
+    path = fleet.kits / "Hospital-B" / "local" / "resources.json"
+    before = path.read_text()
+    resources = json.loads(before)
+    del resources["app_validator"]
+    path.write_text(json.dumps(resources))
+    restart(fleet, "Hospital-B")
+    sent = fleet.session.submit_job(str(other))
+    why = f"{stock}' at config path"
+    wait_until(lambda: why in log_of(fleet, "Hospital-B"), 30, "the worker refuses it")
     fleet.session.abort_job(sent)
+    path.write_text(before)
+    restart(fleet, "Hospital-B")
+
+
+def log_of(fleet, site):
+    return (fleet.logs / f"{site}.log").read_text()
 
 
 def test_every_process_listens_on_the_loopback_interface_only(fleet):

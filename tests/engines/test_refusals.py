@@ -13,7 +13,13 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import make_reply
 
 from fl_helpers import exchange
-from fl_helpers.cross_silo.on_premises import executor, refusals, site
+from fl_helpers.cross_silo.on_premises import (
+    executor,
+    job,
+    refusals,
+    site,
+    validator,
+)
 from fl_helpers.cross_silo.run import Run, from_plain, to_plain
 
 from .conftest import SENT, STATE
@@ -85,7 +91,10 @@ def test_a_model_that_was_not_agreed_to_is_refused(train, kit):
 @pytest.mark.parametrize("content", ["", '{"silo": "Hosp', "[]", "{}"])
 def test_a_damaged_file_of_a_kit_is_named(train, kit, caplog, name, content):
     (kit / "local" / name).write_text(content)
-    assert train(0).get_return_code() == "KIT_DAMAGED"
+    answer = train(0)
+    assert answer.get_return_code() == "KIT_DAMAGED"
+    assert through(kit, answer).get_return_code() == "KIT_DAMAGED"
+    assert [e["what"] for e in ledger(kit)] == ["code KIT_DAMAGED"]
     assert str(kit / "local" / name) in caplog.text
     assert re.search("backup|harden|gate.allow", caplog.text)
 
@@ -165,6 +174,56 @@ def test_a_task_of_no_round_is_refused(train, kit, monkeypatch, index):
     monkeypatch.setattr(executor.SiteExecutor, "execute", forged)
     assert train(0).get_return_code() == "JOB_REFUSED"
     assert not (kit / "kept").exists()
+
+
+# ---- jobs, when they arrive
+
+
+def app(tmp_path):
+    run = Run("x", STATE, rounds=1, seed=1)
+    return job.write_job(run, tmp_path / "jobs", ["Hospital A"]) / "app"
+
+
+def test_a_job_of_ours_is_taken_when_it_arrives(tmp_path):
+    assert validator.JobValidator().validate(str(app(tmp_path))) == ("", {})
+
+
+def rewrite(folder, change):
+    path = folder / job.CONFIG / "config_fed_client.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+STOCK = {"path": "nvflare.app_common.np.np_trainer.NPTrainer", "args": {}}
+
+
+@pytest.mark.parametrize(
+    "spoil, code",
+    [
+        (lambda c: c | {"executors": [{"executor": STOCK}]}, "CLASS_REFUSED"),
+        (lambda c: c | {"components": [{"id": "x", **STOCK}]}, "CLASS_REFUSED"),
+        (lambda c: c | {"components": [{"name": "NPTrainer"}]}, "CLASS_REFUSED"),
+        (lambda c: c | {"task_data_filters": [{"filters": [STOCK]}]}, "CLASS_REFUSED"),
+        (lambda c: "text", ""),  # names nothing; the engine refuses it by itself
+    ],
+)
+def test_a_job_with_other_classes_is_refused_when_it_arrives(
+    tmp_path, spoil, code, caplog
+):
+    folder = app(tmp_path)
+    rewrite(folder, spoil)
+    assert validator.JobValidator().validate(str(folder))[0] == code
+    assert not code or "NPTrainer" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config/config_fed_client.conf", "more/x", "x.py"])
+def test_a_job_with_other_files_is_refused_when_it_arrives(tmp_path, name):
+    folder = app(tmp_path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    assert validator.JobValidator().validate(str(folder)) == ("JOB_REFUSED", {})
+    (folder / name).unlink()
+    (folder / job.CONFIG / "config_fed_client.json").write_text("{")
+    assert validator.JobValidator().validate(str(folder))[0] == "JOB_REFUSED"
 
 
 def test_a_task_of_another_kind_is_refused(train):

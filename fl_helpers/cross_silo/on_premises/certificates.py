@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography import x509
 
 AHEAD = timedelta(days=30)  # of the end of a certificate, that it is said
-DAY = 86_400  # seconds
+SOON, DAY = 3, 86_400  # seconds
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,18 @@ def certificate_problems(kit: str | Path, *, now: datetime | None = None) -> lis
     return [line for certificate in found if (line := _problem(certificate, now))]
 
 
-def watch(kit: str | Path, say: Callable[[str], None]) -> None:
-    """Say what is wrong now, and again every day, for as long as this process lives."""
-    for line in certificate_problems(kit):
-        say(line)
-    timer = threading.Timer(DAY, watch, (kit, say))
+def watch(kit: str | Path, say: Callable[[str], None], *, wait: float = SOON) -> None:
+    """Say what is wrong soon, when the process has its log, and then every day.
+
+    wait: seconds before that.
+    """
+
+    def look() -> None:
+        for line in certificate_problems(kit):
+            say(line)
+        watch(kit, say, wait=DAY)
+
+    timer = threading.Timer(wait, look)
     timer.daemon = True
     timer.start()
 

@@ -8,6 +8,7 @@ as long as the run waits for one.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -42,7 +43,6 @@ PAUSE = 10  # seconds before a silo that refused is asked the same again
 
 class RoundController(Controller):
     """The run of its job; a silo is called "site" where NVFlare's name of it is meant.
-
     Writes into `runs/<name>/` of the server's kit, see `record.Record`.
     """
 
@@ -53,7 +53,7 @@ class RoundController(Controller):
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.lock = threading.Lock()  # answers come in by several threads
         self.there = Attendance({})
-        self.rounds_done = 0
+        self.rounds_done = 0  # and saved
         self.started = 0.0  # when the last task went out
         self.bytes_down = 0  # of the model in it
         self.sent = 0  # bytes of models in this round
@@ -100,7 +100,8 @@ class RoundController(Controller):
             kind = "no_quorum" if isinstance(error, NoQuorum) else "failed"
             kind = "aborted" if self.abort.triggered else kind
             if kind == "no_quorum":
-                self.record.publish(self.rounds_done, self.download)
+                with contextlib.suppress(OSError):  # the reason matters more
+                    self.record.publish(self.rounds_done, self.download)
             self.record.event(kind, reason=str(error), rounds=self.rounds_done)
             raise
 
@@ -117,8 +118,7 @@ class RoundController(Controller):
             if run.stop and run.stop.reached(state.scores):
                 record.event("stopped", round=state.rounds_done - 1)
                 break
-        done = state.rounds_done
-        self._say_who_is_back(done)
+        self._say_who_is_back(done := state.rounds_done)
         if run.evaluate and (sites := self.there.present()):
             self._tested(done, self._ask("evaluate", done, sites), state)
         record.publish(done, self.download)
@@ -173,8 +173,7 @@ class RoundController(Controller):
         """The answers of a round; those that lack are asked again until the quorum is
         reached. None if hospitals have spent their budgets, so that it cannot be.
 
-        missing: gets the silos that missed a deadline. Raises NoQuorum if the time for
-        it is over.
+        missing: gets silos that missed a deadline. Raises NoQuorum after the last try.
         """
         answers, end = Answers(), time.monotonic() + self.job.run.wait_for_quorum
         sites = self.there.present()
@@ -207,9 +206,8 @@ class RoundController(Controller):
         known = () if self.asks_all_again else answers.silos
         awaited = sorted({*silos.values()} - {*answers.silos} - self.there.ended)
         if begun < end:
-            left = round(end - begun)
-            about = {"round": index, "silos": awaited, "seconds": left, "reason": why}
-            self.record.event("waiting", **about)
+            about = {"round": index, "silos": awaited, "seconds": round(end - begun)}
+            self.record.event("waiting", **about, reason=why)
         while time.monotonic() < end and not self.abort.triggered:
             time.sleep(0.1)
             self._say_who_is_back(index)

@@ -8,6 +8,7 @@ its own, see `trainer`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -75,7 +76,8 @@ class SiteExecutor(Executor):
             self.trainer = self.trainer or Trainer(kit, self.job)
             self.trainer.ready()
             if self.job.run.secure:
-                self.sums = self.sums or SecureSite(self.job, kit, self.trainer)
+                with blamed("KIT_DAMAGED", json.JSONDecodeError, OSError):
+                    self.sums = self.sums or SecureSite(self.job, kit, self.trainer)
                 answer = self.sums.answer(task_name, shareable, self._answer)
             else:
                 answer = self._answer(task_name, shareable, kit)

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -182,9 +183,17 @@ class Fleet:
         return runs.result(run, self.kits / "server")
 
     def ledger(self, silo: str) -> list[dict[str, Any]]:
-        """What crossed a silo's boundary, from the ledger in its own kit."""
+        """What crossed a silo's boundary, from the ledger in its own kit; warns of
+        lines that a crash or a disk has damaged."""
         path = self.kits / site.site_name(silo) / "ledger.jsonl"
-        return exchange.read_ledger(path)[0]
+        entries, torn = exchange.read_ledger(path)
+        if torn:
+            warnings.warn(
+                f"{path}: lines {torn} are damaged and left out; compare with the "
+                "server's ledger of the run, or bring the file back from a backup",
+                stacklevel=2,
+            )
+        return entries
 
     def allow(self, params: Params, **rules: Any) -> None:
         """In a trial, one person is all silos: all let this model out, as `gate.allow`

@@ -166,7 +166,11 @@ class EgressGate(Filter):
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
         ledger = exchange.Ledger(kit / "ledger.jsonl")
-        silo, found = read_site(kit).silo, shareable.get("update")
+        try:
+            silo, found = read_site(kit).silo, shareable.get("update")
+        except (ValueError, TypeError) as error:  # it does not even know its name
+            self.logger.error(f"the gate let nothing out: {error}")
+            return _say(ledger, "KIT_DAMAGED", "?")
         code = shareable.get_return_code()
         if code != ReturnCode.OK:
             known = {*vars(ReturnCode).values(), *CODES}

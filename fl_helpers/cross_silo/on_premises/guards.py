@@ -1,7 +1,5 @@
 """Nothing passes between hospitals: two guards on the engine's message layer.
 
-Each also says when it starts, and every day, what is wrong with its certificates.
-
 Hospitals need to talk to the coordinator's server only. `HubGuard` sits in the server
 and drops whatever does not begin or end there; `SiteGuard` sits in every process of a
 hospital and acts on requests of the server and of the hospital's own processes only.
@@ -46,9 +44,6 @@ class _Guard(FLComponent):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in STARTS and not self.own:
             self.install(fl_ctx.get_engine().get_cell().core_cell)
-        if event_type == EventType.SYSTEM_BOOTSTRAP:  # before it tries to connect
-            kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
-            certificates.watch(kit, self.logger.error)
 
     def install(self, core: Any) -> None:
         self.own = family(core.get_fqcn())
@@ -77,9 +72,16 @@ class _Guard(FLComponent):
 
 
 class HubGuard(_Guard):
-    """Server: a message comes from who it says, and starts or ends at the server."""
+    """Server: a message comes from who it says, and starts or ends at the server. It
+    also says what is wrong with the server's certificates."""
 
     install_with = "add_incoming_filter"
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        super().handle_event(event_type, fl_ctx)
+        if event_type == EventType.SYSTEM_BOOTSTRAP:
+            kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
+            certificates.watch(kit, self.logger.error)
 
     def allows(self, message: Message, sender: str, origin: str, target: str) -> bool:
         return sender in (origin, SERVER) and SERVER in (origin, target)

@@ -23,12 +23,17 @@ from safetensors.torch import save_file
 
 from fl_helpers.cross_silo.federation import SHAPES
 from fl_helpers.cross_silo.on_premises.refusals import Refusal
-from fl_helpers.cross_silo.on_premises.site import CONTROLLERS, HERE, site_name
+from fl_helpers.cross_silo.on_premises.site import (
+    CLASSES,
+    CONFIG,
+    CONTROLLERS,
+    INITIAL,
+    RUN,
+    site_name,
+)
 from fl_helpers.cross_silo.run import SMALLEST_SET, Run, from_plain, to_plain
 from fl_helpers.simulation import Params
 
-CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
-INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
 SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
 MAY_CHANGE = (  # of a run that is resumed
@@ -107,7 +112,7 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     poll = {"task_request_interval": 0.1}  # seconds; by default 2
     server = base | {"workflows": [rounds], "server": poll}
     _write(app / "config_fed_server.json", server)
-    trainer = {"path": f"{HERE}.executor.SiteExecutor", "args": {}}
+    trainer = {"path": CLASSES[0], "args": {}}
     tasks = [{"tasks": TASKS, "executor": trainer}]
     _write(app / "config_fed_client.json", base | {"executors": tasks})
     return folder

@@ -15,6 +15,8 @@ from nvflare.fuel.flare_api.api_spec import (
     NoReply,
 )
 
+from fl_helpers.cross_silo.on_premises.refusals import explained
+
 OVER = ("FINISHED", "FAILED", "ABORTED", "ABANDONED")  # how such a status begins
 FRESH = 25  # seconds since a site's last heartbeat, which comes every 10
 GONE = 5  # looks in a row that do not find a job before it counts as lost
@@ -139,6 +141,5 @@ class Line:
             return None
         said = dict(line.split(": ", 1) for line in detail if ": " in line)
         absent = "it was not connected when the run began"
-        return {
-            site: said.get(site, absent) for site in sites if said.get(site) != "OK"
-        }
+        found = {site: said.get(site, absent) for site in sites}
+        return {site: explained(why) for site, why in found.items() if why != "OK"}

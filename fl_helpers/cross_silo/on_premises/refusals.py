@@ -19,6 +19,8 @@ SPENT = "PRIVACY_BUDGET_SPENT"
 CODES = {  # code: what it means, and who does what
     "JOB_REFUSED": "the job is not of the agreed form; is the same version installed "
     "at the coordinator and at the hospital?",
+    "CLASS_REFUSED": "the job names a class that is not on its list, and was not "
+    "started there",
     "MODEL_REFUSED": "the model is not the one that it agreed to, or was damaged on "
     "its way; compare with its `gate.allow`",
     "KIT_DAMAGED": "a file of its kit is missing or damaged; its log names the file",

@@ -69,25 +69,7 @@ def play(
         yield _event("certificate", reason=problem)
     folder = write_job(run, jobs.resolve(), silos)  # else the engine looks elsewhere
     yield from watch.attach()
-    left = patience.restarts
-    while True:
-        try:
-            if not watch.job:
-                yield from watch.gather()
-                yield from watch.submit(folder)
-            for event in watch.follow():
-                left = patience.restarts if event["event"] == "round_end" else left
-                yield event
-            return
-        except _GivenUp as error:
-            if not left:
-                raise RunError(
-                    f"run {run.name!r} ended {patience.restarts + 1} times without a "
-                    f"round between, as {error}; the server's log says which silo "
-                    "reported a failure"
-                ) from None
-            left, watch.job = left - 1, ""
-            yield _event("restart", reason=str(error))
+    yield from watch.play(folder)
 
 
 def result(run: Run, server_kit: Path) -> Params:
@@ -151,6 +133,29 @@ class _Watch:
             )
         time.sleep(seconds)
 
+    def play(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """Follow the job that there is, or a new one, and another after it if that is
+        given up. folder: what a new one is made of."""
+        restarts = left = self.line.patience.restarts
+        while True:
+            try:
+                if not self.job:
+                    yield from self.gather()
+                    yield from self.submit(folder)
+                for event in self.follow():
+                    left = restarts if event["event"] == "round_end" else left
+                    yield event
+                return
+            except _GivenUp as error:
+                if not left:
+                    raise RunError(
+                        f"run {self.run.name!r} ended {restarts + 1} times without a "
+                        f"round between, as {error}; the server's log says which silo "
+                        "reported a failure"
+                    ) from None
+                left, self.job = left - 1, ""
+                yield _event("restart", reason=str(error))
+
     def attach(self) -> Iterator[dict[str, Any]]:
         """Take the job that was started before, if it still plays the run."""
         path = self.folder / "job.json"
@@ -159,6 +164,8 @@ class _Watch:
         with contextlib.suppress(ValueError, KeyError):  # torn: it was not begun
             known = json.loads(path.read_text(encoding="utf-8"))
             job, seen = str(known["job"]), int(known["seen"])
+            if any(each["event"] in LAST for each in new_events(self.log, seen)[0]):
+                return  # it is over, even if the engine takes a while to say so
             while (lives := self.line.lives(job)) is None:
                 yield from self.line.silence()
                 self.pause(1)
@@ -180,8 +187,8 @@ class _Watch:
             if now > end:
                 raise RunError(
                     f"run {self.run.name!r}: {missing} are not connected, the quorum "
-                    f"is {needed}: their logs say why, look at certificates and network "
-                    "first; then run the same lines again"
+                    f"is {needed}: their logs say why, look at network and dates of "
+                    "certificates; then run the same lines again"
                 )
             if now - said > self.line.patience.silence:
                 said = now

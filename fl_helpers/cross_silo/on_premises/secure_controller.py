@@ -178,7 +178,13 @@ class SecureController(RoundController):
 
     def _known(self) -> dict[str, Any]:
         path = self.record.folder / "secure.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): without it nobody knows what was asked "
+                "last; bring it back from a backup, or start a run of another name"
+            ) from None
 
     def _save(self, asked: Question) -> None:
         path = self.record.folder / "secure.json"

@@ -7,7 +7,6 @@ leaves are integers that nobody can read alone.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fl_helpers.cross_silo import turn
 from fl_helpers.cross_silo.fixed_point import Plain, encode
 from fl_helpers.cross_silo.on_premises.gate import Spoken, Unreleased
 from fl_helpers.cross_silo.on_premises.job import Job
-from fl_helpers.cross_silo.on_premises.site import read_site
+from fl_helpers.cross_silo.on_premises.site import read_local, read_site
 from fl_helpers.cross_silo.secure import (
     Denied,
     Identity,
@@ -38,7 +37,7 @@ def identity_of(kit: Path) -> Identity:
     """A hospital's certificate and key, and whom it has confirmed."""
     startup, peers = kit / "startup", kit / "local" / "peers.json"
     names = ("client.crt", "client.key", "rootCA.pem")
-    known = json.loads(peers.read_text()) if peers.exists() else PEERS
+    known = read_local(kit, peers.name) if peers.exists() else PEERS
     return read_identity(*(startup / name for name in names), known)
 
 

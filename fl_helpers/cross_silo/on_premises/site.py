@@ -18,6 +18,10 @@ CONTROLLERS = (  # of a plain run, of a secure one
     f"{HERE}.controller.RoundController",
     f"{HERE}.secure_controller.SecureController",
 )
+CLASSES = (f"{HERE}.executor.SiteExecutor",)  # that a job may name at a hospital
+CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
+INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
+FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
 
@@ -94,7 +98,8 @@ def harden_site(
     resources = {
         "format_version": 2,
         "class_list_enforcement_mode": "enforce",
-        "class_allow_list": [f"{HERE}.executor.SiteExecutor"],
+        "class_allow_list": list(CLASSES),
+        "app_validator": {"path": f"{HERE}.validator.JobValidator", "args": {}},
         "allow_log_streaming": False,
         "client": {"retry_timeout": 30},
         "components": [

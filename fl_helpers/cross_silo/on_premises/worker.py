@@ -25,6 +25,7 @@ from nvflare.app_common.job_launcher.client_process_launcher import (
 )
 from nvflare.utils.job_launcher_utils import get_credential_env
 
+from fl_helpers.cross_silo.on_premises import certificates
 from fl_helpers.cross_silo.on_premises.site import read_site
 
 PARENT = "FL_PARENT"  # environment variable of a worker: the process that started it
@@ -54,6 +55,8 @@ class RelaunchLauncher(ClientProcessJobLauncher):
     def __init__(self) -> None:
         super().__init__()
         self.workers: dict[str, Worker] = {}
+        # Here, for the engine says nothing before it has connected; it is in the kit.
+        certificates.watch(Path.cwd(), self.logger.error)
 
     def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> JobHandleSpec:
         kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
