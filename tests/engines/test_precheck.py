@@ -499,16 +499,16 @@ def test_a_server_that_never_answers(kit, monkeypatch):
 
 
 def test_a_full_disk_and_little_memory(kit, monkeypatch):
-    """A GiB and 20 models of 30,232 bytes on the disk; half of one and 6 in memory."""
+    """A GiB, and 20 models of 30,232 bytes on the disk, 8 in memory."""
     usage = SimpleNamespace(total=10**12, used=10**12, free=2**30)
     monkeypatch.setattr(precheck_kit.shutil, "disk_usage", lambda path: usage)
     found = look(kit, "free disk")
     assert found["ok"] is False and "delete old runs" in found["remedy"]
     usage.free += 10**6
     assert look(kit, "free disk")["ok"] is True
-    monkeypatch.setattr(precheck_kit.psutil, "virtual_memory", memory(0.5))
+    monkeypatch.setattr(precheck_kit.psutil, "virtual_memory", memory(1))
     assert look(kit, "memory")["ok"] is False
-    monkeypatch.setattr(precheck_kit.psutil, "virtual_memory", memory(0.6))
+    monkeypatch.setattr(precheck_kit.psutil, "virtual_memory", memory(1.1))
     assert look(kit, "memory")["ok"] is True
 
 

@@ -269,7 +269,7 @@ def _disk(kit: Path) -> Verdict:
 
 def _memory(kit: Path) -> Verdict:
     free = psutil.virtual_memory().available
-    need = GIB // 2 + 6 * _model_bytes(kit)  # Python with torch, and copies of a model
+    need = GIB + 8 * _model_bytes(kit)  # Python with torch twice, and copies of a model
     said = f"{free / GIB:.1f} GiB free, {need / GIB:.1f} are needed without the data"
     if free < need:
         return False, said, "end other programs, or take a larger machine"

@@ -113,7 +113,8 @@ def try_out(
     own = {key: value for key, value in os.environ.items() if key in ("LANG", "PATH")}
     own |= {"HOME": str(out), "TMPDIR": str(out), "OMP_NUM_THREADS": "1"}
     read = [site.data, given, folder / "code", *code_of_client(site.client)]
-    confined = sandbox.sandboxed(command, read=read, write=[out], network=False)
+    fence = {"read": read, "write": [out], "network": site.network}
+    confined = sandbox.sandboxed(command, **fence)
     failed = {"stage": "client function", "code": "ENDED", "error": "", "line": None}
     try:
         done = subprocess.run(
