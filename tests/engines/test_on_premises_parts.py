@@ -43,6 +43,7 @@ from fl_helpers.cross_silo.on_premises import (
     site,
     worker,
 )
+from fl_helpers.cross_silo.on_premises.fleet import Fleet
 from fl_helpers.cross_silo.on_premises.guards import HubGuard, SiteGuard
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.run import Run
@@ -691,3 +692,17 @@ def test_a_run_goes_on_only_if_nobody_stopped_it(
     with pytest.raises(RunError, match=message):
         list(events)
     assert engine.submitted == submitted
+
+
+def test_damaged_lines_of_a_ledger_are_named(tmp_path):
+    fleet = Fleet(EXAMPLE, tmp_path)
+    path = tmp_path / "kits" / "Hospital-A" / "ledger.jsonl"
+    about = {"direction": "out", "silo": "Hospital A", "round_index": 0}
+    for name in ("first", "second", "third"):
+        exchange.Ledger(path).add([{"what": name}], **about, verdict="accepted")
+    assert len(fleet.ledger("Hospital A")) == 3
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:40], lines[2]]) + "\n")
+    with pytest.warns(UserWarning, match=r"A/ledger.jsonl: lines \[2\] are dam"):
+        found = fleet.ledger("Hospital A")
+    assert [entry["what"] for entry in found] == ["first", "third"]

@@ -244,6 +244,14 @@ def test_who_the_job_could_not_be_given_to_is_said_and_why(folder):
     left = {e["silo"]: e["reason"] for e in found if e["event"] == "left_out"}
     assert left["Hospital A"] == "failed to stage app app"
     assert "was not connected when" in left["Hospital B"]
+    server.jobs["job0"], server.steps = "FINISHED:COMPLETED", []
+    failed = {
+        "status": "FINISHED:FAILED_TO_RUN",
+        "job_deploy_detail": ["Hospital-A: X"],
+    }
+    server.get_job_meta, server.say = lambda job: failed, nothing  # it never began
+    with pytest.raises(RunError, match=r"FAILED_TO_RUN; .* left out: .*'A': 'X'"):
+        list(play(server))
 
 
 def back(server):

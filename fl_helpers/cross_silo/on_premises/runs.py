@@ -104,8 +104,9 @@ class _Watch:
     folder: of the run, at the server. end: when the time for it is over. job: the
     engine's name of the job that plays it. seen: bytes of its log that were read.
     away: silos that are missing, as its events say. waiting: whether the run waits for
-    them. looked: when these were last looked for. rejoined: when a silo last made the
-    run start anew.
+    them. left_out: silos that the job could not be given to, and why. looked: when
+    those that are away were last looked for. rejoined: when a silo last made the run
+    start anew.
     """
 
     run: Run
@@ -118,6 +119,7 @@ class _Watch:
     seen: int = 0
     away: set[str] = field(default_factory=set)
     waiting: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
     looked: float = -math.inf
     rejoined: dict[str, float] = field(default_factory=dict)
 
@@ -201,7 +203,7 @@ class _Watch:
         while not (job := self.line.ask(self.line.session.submit_job, str(folder))):
             yield from self.line.silence()
             self.pause(1)
-        self.job, self.away, self.waiting = job, set(), False
+        self.job, self.away, self.waiting, self.left_out = job, set(), False, {}
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
         text = json.dumps({"job": job, "seen": self.seen})
@@ -253,8 +255,9 @@ class _Watch:
         aborted = "ABORTED" in verdict  # that was somebody's wish
         if verdict == LOST or (not aborted and (begun or self.run.wait_for_quorum)):
             raise _GivenUp(verdict)
+        left = f"; left out: {self.left_out}" if self.left_out else ""
         raise RunError(
-            f"run {self.run.name!r} ended as {verdict}; the server's log says why"
+            f"run {self.run.name!r} ended as {verdict}; the server's log says why{left}"
         )
 
     def _say_left_out(self) -> Iterator[dict[str, Any]]:
@@ -263,6 +266,7 @@ class _Watch:
         found = self.line.left_out(self.job, sites)
         for site, reason in (found or {}).items():
             self.away.add(sites[site])
+            self.left_out[sites[site]] = reason
             yield _event("left_out", silo=sites[site], reason=reason)
         return found is not None
 

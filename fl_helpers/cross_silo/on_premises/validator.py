@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.app_validation import AppValidator
+from nvflare.lighter.tool_consts import NVFLARE_SIG_FILE, NVFLARE_SUBMITTER_CRT_FILE
 
 from fl_helpers.cross_silo.on_premises.site import CLASSES, CONFIG, FILES
 
+SIGNATURE = (NVFLARE_SIG_FILE, NVFLARE_SUBMITTER_CRT_FILE)
 log = logging.getLogger(__name__)
 
 
@@ -27,11 +29,14 @@ class JobValidator(AppValidator):
     def validate(self, app_folder: str) -> tuple[str, dict[str, Any]]:
         """("", {}) or the code of a refusal; the reason is in the hospital's log."""
         folder = Path(app_folder)
-        found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        paths = [path.relative_to(folder) for path in folder.rglob("*")]
         expected = {CONFIG, *(f"{CONFIG}/{name}" for name in FILES)}
-        if other := sorted({*found} - expected - {"custom"}):  # the engine judges code
-            other = [name for name in other if not name.startswith("custom/")]
-        if other:
+        found = {
+            str(path)
+            for path in paths  # the engine judges code, and signs
+            if path.parts[0] != "custom" and path.name not in SIGNATURE
+        }
+        if other := sorted(found - expected):
             log.error("JOB_REFUSED: the job brings %s", other[:5])
             return "JOB_REFUSED", {}
         try:
