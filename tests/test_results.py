@@ -225,7 +225,7 @@ def test_the_experiment_is_complete_and_fair():
     tuning = pd.read_csv(RESULTS / "strategies_tuning.csv")
     table = pd.read_csv(RESULTS / "strategies.csv")
     keys = ["dataset", "differ"]
-    tuning, table = tuning.set_index(keys), table.set_index(keys)
+    tuning, table = (t.set_index(keys).sort_index() for t in (tuning, table))
     for dataset, differ in strategies.FEDERATIONS:
         tried, tested = tuning.loc[(dataset, differ)], table.loc[(dataset, differ)]
         names = set(strategies.strategies_for(dataset))

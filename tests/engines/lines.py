@@ -17,7 +17,7 @@ from .conftest import LIMITS, SIZES
 def new_run():
     torch.manual_seed(0)
     params = hospital.new_model().state_dict()
-    return Run("again", params, rounds=30, seed=7, deadline=30, limits=LIMITS)
+    return Run("again", params, rounds=12, seed=7, deadline=120, limits=LIMITS)
 
 
 if __name__ == "__main__":
@@ -25,6 +25,6 @@ if __name__ == "__main__":
     session = new_secure_session(admin, f"{kits}/admin", timeout=20)
     server_kit = Path(kits, "server")
     places = {"server_kit": server_kit, "jobs": Path(jobs), "silos": list(SIZES)}
-    for event in runs.play(new_run(), session, **places, timeout=120):
+    for event in runs.play(new_run(), session, **places, timeout=300):
         print(json.dumps(event), flush=True)
     session.close()

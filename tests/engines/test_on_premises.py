@@ -48,7 +48,7 @@ LIMIT = 90  # seconds that any run of these tests may take
 def fleet(silos_yaml, params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     provision.provision(read_federation(silos_yaml), folder)
-    fleet = Fleet(silos_yaml, folder, ready=60)
+    fleet = Fleet(silos_yaml, folder, ready=180)
     for who in ("server", *fleet.sites):
         add_neighbour(fleet, who)
     (folder / "code" / "sitecustomize.py").write_text(RECORD_LOOK_UPS)
@@ -357,7 +357,7 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     (code / "app" / "custom" / "mine.py").write_text("print('hello')")
     sent = fleet.session.submit_job(str(code))
     line = runs.Line(fleet.session, runs.Patience())
-    wait_until(lambda: line.verdict(sent), 30, "the server refuses it")
+    wait_until(lambda: line.verdict(sent), 60, "the server refuses it")
     assert "FAILED_TO_RUN" in line.verdict(sent)
     other = job.write_job(run, tmp_path / "class", silos)
     config = other / "app" / "config" / "config_fed_client.json"
@@ -366,7 +366,7 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     content["executors"][0]["executor"] = {"path": stock, "args": {}}
     config.write_text(json.dumps(content))
     sent = fleet.session.submit_job(str(other))
-    wait_until(lambda: line.verdict(sent), 30, "all hospitals refuse it")
+    wait_until(lambda: line.verdict(sent), 60, "all hospitals refuse it")
     assert "FAILED_TO_RUN" in line.verdict(sent)
     codes = line.left_out(sent, fleet.sites).values()
     assert len(codes) == 3 and all(c.startswith("CLASS_REFUSED (") for c in codes)
@@ -380,7 +380,7 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     restart(fleet, "Hospital-B")
     sent = fleet.session.submit_job(str(other))
     why = f"{stock}' at config path"
-    wait_until(lambda: why in log_of(fleet, "Hospital-B"), 30, "the worker refuses it")
+    wait_until(lambda: why in log_of(fleet, "Hospital-B"), 60, "the worker refuses it")
     fleet.session.abort_job(sent)
     path.write_text(before)
     restart(fleet, "Hospital-B")
@@ -425,7 +425,7 @@ def check_neighbours(fleet):
     """Hospital A says hello to B, and, as a control, to the server: that works."""
     kit = fleet.kits / "Hospital-A"
     (kit / "greet").write_text("server Hospital-B")
-    wait_until((kit / "answers").exists, 30, "Hospital A asked around")
+    wait_until((kit / "answers").exists, 60, "Hospital A asked around")
     answers = json.loads((kit / "answers").read_text())
     assert answers["server"] == "ok" and answers["Hospital-B"] != "ok"
     assert (fleet.kits / "server" / "greeted_by").read_text() == "Hospital-A\n"

@@ -233,7 +233,7 @@ def test_who_the_job_could_not_be_given_to_is_said_and_why(folder):
 
     def partial(job):
         found = meta(job)
-        detail = ["server: OK", "Hospital-A: failed to stage app app"]
+        detail = ["server: OK", "Hospital-A: NVFLARE_ERROR: failed to stage app app"]
         return found | {"job_deploy_detail": detail}
 
     server.get_job_meta, found = partial, []
@@ -250,7 +250,7 @@ def test_who_the_job_could_not_be_given_to_is_said_and_why(folder):
         "job_deploy_detail": ["Hospital-A: X"],
     }
     server.get_job_meta, server.say = lambda job: failed, nothing  # it never began
-    with pytest.raises(RunError, match=r"FAILED_TO_RUN; .* left out: .*'A': 'X'"):
+    with pytest.raises(RunError, match="FAILED_TO_RUN; .*out: .*'Hospital A': 'X'"):
         list(play(server))
 
 

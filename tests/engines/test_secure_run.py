@@ -39,7 +39,7 @@ def silos(trial):
 
 @pytest.fixture(scope="module")
 def fleet(trial, params, tmp_path_factory):
-    with Fleet(trial, tmp_path_factory.mktemp("secure"), ready=60) as fleet:
+    with Fleet(trial, tmp_path_factory.mktemp("secure"), ready=180) as fleet:
         agree(fleet, params)
         yield fleet
 

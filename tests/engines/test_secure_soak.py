@@ -38,7 +38,7 @@ def params():
 @pytest.fixture(scope="module")
 def fleet(params, tmp_path_factory):
     trial = write_trial(tmp_path_factory.mktemp("trial"), dict.fromkeys(NAMES, 40))
-    with Fleet(trial, tmp_path_factory.mktemp("soak"), ready=90) as fleet:
+    with Fleet(trial, tmp_path_factory.mktemp("soak"), ready=180) as fleet:
         client = "fl_helpers.cross_silo.hospital:private_client"
         for number, own in enumerate(fleet.sites.values()):
             rng = torch.Generator().manual_seed(number)

@@ -150,20 +150,23 @@ class Fleet:
         """Wait until the server has heard of all hospitals; RunError if it takes long
         or a process ends."""
         self._close_session()
-        end, missing = time.monotonic() + self.ready, set(self.sites)
+        end, missing, last = time.monotonic() + self.ready, set(self.sites), ""
         while missing:
             self._check_alive("server", *self.sites)
             if time.monotonic() > end:
                 logs = "\n".join(self._log_end(who) for who in sorted(missing))
                 raise RunError(
-                    f"{sorted(missing)} did not connect within {self.ready} s\n{logs}"
+                    f"{sorted(missing)} did not connect within {self.ready} s{last}"
+                    f"\n{logs}"
                 )
             time.sleep(0.2)
-            with contextlib.suppress(Exception):  # not up yet
+            try:
                 self.session = self.session or self._new_session()
                 for client in self.session.get_system_info().client_info:
                     if client.last_connect_time > self.since[client.name]:
                         missing.discard(client.name)
+            except Exception as error:  # not up yet
+                last = f"; the last look at the server: {type(error).__name__}: {error}"
 
     def run(self, run: Run, *, timeout: float = 3600) -> Iterator[dict[str, Any]]:
         """Start a run and yield its events, see `runs.play`; RunError with the last
@@ -302,7 +305,7 @@ class Fleet:
         logging.getLogger("nvflare").setLevel(logging.CRITICAL)
         with contextlib.redirect_stdout(None):
             kit = str(self.kits / "admin")
-            return new_secure_session(self.server.admin, kit, timeout=5)
+            return new_secure_session(self.server.admin, kit, timeout=20)
 
     def _close_session(self) -> None:
         session, self.session = self.session, None

@@ -139,7 +139,8 @@ class Line:
         detail = (meta or {}).get("job_deploy_detail")
         if not detail:
             return None
-        said = dict(line.split(": ", 1) for line in detail if ": " in line)
+        lines = [each.replace(": NVFLARE_ERROR", "", 1) for each in detail]
+        said = dict(each.split(": ", 1) for each in lines if ": " in each)
         absent = "it was not connected when the run began"
         found = {site: said.get(site, absent) for site in sites}
         return {site: explained(why) for site, why in found.items() if why != "OK"}
