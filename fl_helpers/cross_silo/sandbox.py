@@ -11,6 +11,7 @@ Standard library only: copy this file on its own.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 SYSTEM = [  # what Python and torch read of a Linux machine; nothing of a user
@@ -29,7 +30,7 @@ SYSTEM = [  # what Python and torch read of a Linux machine; nothing of a user
     "/etc/mime.types",
 ]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 CAPABILITIES = 0x20080522  # version 3 of <linux/capability.h>
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system call numbers
 EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3  # <linux/landlock.h>
@@ -40,7 +41,11 @@ FILE_RIGHTS = 0b111 | 1 << 14 | 1 << 15  # execute, write, read, truncate, ioctl
 def works(kind: str) -> bool:
     """Whether "bubblewrap" or "landlock" can be used on this machine."""
     if kind == "landlock":
-        return _landlock_version() >= 1
+        # In a process of its own: some services are killed for asking (SIGSYS).
+        ask = f"ctypes.CDLL(None).syscall({CREATE_RULESET}, None, 0, 1)"
+        code = [sys.executable, "-S", "-c", f"import ctypes, sys; sys.exit({ask} < 1)"]
+        linux = sys.platform.startswith("linux")
+        return linux and not subprocess.run(code, capture_output=True).returncode
     if not shutil.which("bwrap"):
         return False
     command = _bubblewrap(["/bin/true"], read=[], write=[])
@@ -59,13 +64,16 @@ def sandboxed(
     write: Iterable[str | Path],
     kind: str | None = None,
     network: bool = True,
+    limits: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Command line that runs `command` confined, and that dies with this process.
 
     read, write: files and folders that it may read, or read and write, beside the
     system's programs, Python itself and this package. kind: None takes the best one
-    of this machine. network: whether it may use it. Warns if there is no sandbox: then
-    the process can read whatever the user can.
+    of this machine. network: whether it may use it. limits: what it may use at most, by
+    the names of `resource`, such as RLIMIT_FSIZE. It leaves no core dump, which would
+    hold records. Warns if there is no sandbox: then the process can read whatever the
+    user can.
     """
     kind = kind or available_sandbox()
     if kind not in ("bubblewrap", "landlock", "none"):
@@ -78,7 +86,7 @@ def sandboxed(
         )
     read = [*map(str, read), sys.prefix, sys.base_prefix, str(_package())]
     plan = {"kind": kind, "read": read, "write": [*map(str, write)]}
-    plan |= {"parent": os.getpid(), "network": network}
+    plan |= {"parent": os.getpid(), "network": network, "limits": dict(limits or {})}
     return [sys.executable, "-m", __spec__.name, json.dumps(plan), *command]
 
 
@@ -107,7 +115,8 @@ def _bubblewrap(
     for path in read:
         line += ["--ro-bind-try", path, path]
     for path in write:
-        line += ["--bind", path, path]
+        if path != "/dev/shm":  # it has its own
+            line += ["--dev-bind" if path.startswith("/dev/") else "--bind", path, path]
     return [*line, "--chdir", [*write, "/"][0], "--", *command]
 
 
@@ -133,9 +142,9 @@ def restrict(
 ) -> None:
     """Confine this process and its children for good, with Landlock.
 
-    read: may be read and executed; write: anything. Without network: no TCP, from
-    version 4. Raises OSError if the kernel refuses. Other processes' memory and
-    environment are out of reach, too.
+    read: may be read and executed; write: anything. Without network: no socket but
+    those of the machine itself (AF_UNIX). Raises OSError if the kernel refuses. Other
+    processes' memory and environment are out of reach, too, their command lines not.
     """
     version, libc = _landlock_version(), ctypes.CDLL(None, use_errno=True)
     later = {2: 13, 3: 14, 5: 15}  # version: bit of the right that it added
@@ -159,10 +168,50 @@ def restrict(
         raise OSError(ctypes.get_errno(), "no_new_privs")
     _call(libc, RESTRICT_SELF, handle, 0)
     os.close(handle)
+    if not network:
+        _allow_no_sockets(libc)
     # Root could still read others' environments: give up all capabilities, for good.
     none = (ctypes.c_uint32 * 6)()
     if libc.capset((ctypes.c_uint32 * 2)(CAPABILITIES, 0), none):
         raise OSError(ctypes.get_errno(), "capset")
+
+
+class _Filter(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint16), ("yes", ctypes.c_uint8)] + [
+        ("no", ctypes.c_uint8),
+        ("k", ctypes.c_uint32),
+    ]
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_uint16), ("filter", ctypes.POINTER(_Filter))]
+
+
+def _allow_no_sockets(libc: ctypes.CDLL) -> None:
+    """Landlock knows TCP only: of all other sockets, let seccomp allow AF_UNIX alone.
+
+    Does nothing on processors of which it does not know the numbers.
+    """
+    known = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+    if os.uname().machine not in known:
+        return
+    architecture, socket = known[os.uname().machine]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # <linux/bpf_common.h>
+    steps = [  # what, steps to skip if so, if not, with which number
+        (load, 0, 0, 4),  # which architecture
+        (equal, 0, 7, architecture),
+        (load, 0, 0, 0),  # which system call
+        (at_least, 5, 0, 0x40000000),  # of the x32 interface
+        (equal, 4, 0, 425),  # io_uring_setup, which has sockets of its own
+        (equal, 0, 2, socket),
+        (load, 0, 0, 16),  # of which family
+        (equal, 0, 1, 1),  # AF_UNIX
+        (end, 0, 0, 0x7FFF0000),  # allowed
+        (end, 0, 0, 0x00050000 | errno.EACCES),
+    ]
+    program = _Program(len(steps), (_Filter * len(steps))(*steps))
+    if libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
 
 
 def _call(libc: ctypes.CDLL, *arguments: object) -> int:
@@ -185,6 +234,12 @@ def main() -> None:
     """Tie to the parent, confine, and become the command on the command line."""
     plan, command = json.loads(sys.argv[1]), sys.argv[2:]
     _die_with_parent(plan["parent"])
+    import resource  # not on Windows
+
+    for name, most in {"RLIMIT_CORE": 0, **plan.get("limits", {})}.items():
+        _, hard = resource.getrlimit(getattr(resource, name))
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(getattr(resource, name), (most, most))
     if plan["kind"] == "bubblewrap":
         command = _bubblewrap(
             command, read=plan["read"], write=plan["write"], network=plan["network"]

@@ -14,7 +14,7 @@ from nvflare.apis.workspace import Workspace
 from safetensors.torch import save_file
 
 from fl_helpers import exchange
-from fl_helpers.cross_silo.on_premises import executor, gate, job, site
+from fl_helpers.cross_silo.on_premises import executor, gate, job, site, trainer
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.exchange import Limits
 
@@ -123,9 +123,16 @@ def client(data, settings):
 """
 
 
+def in_this_process(kit, job):
+    """What `trainer.Trainer` does, without a process: tests of the executor are many,
+    and test_trainer.py looks at the process."""
+    return trainer.Trainee(trainer.plan_of(kit, job))
+
+
 @pytest.fixture
-def train(kit, tmp_path):
+def train(kit, tmp_path, monkeypatch):
     """train(round): what the executor of a kit makes of a task; "own" counts up."""
+    monkeypatch.setattr(executor, "Trainer", in_this_process)
     (tmp_path / "mine.py").write_text(COUNTING)
     own = site.read_site(kit)
     own = replace(own, data="/Hospital A", client=f"{tmp_path}/mine.py:client")
@@ -138,11 +145,11 @@ def train(kit, tmp_path):
     shutil.copytree(sent, Path(workspace.get_app_dir("job")) / job.CONFIG)
 
     def train(round_index, task="train", sent=SENT):
-        trainer = executor.SiteExecutor()  # a new one
+        own = executor.SiteExecutor()  # a new one
         exchange.write_model(tmp_path / "model", sent, round_index=round_index)
         message = gate.pack(tmp_path / "model")
         message["round"] = round_index
-        return trainer.execute(task, message, context, Signal())
+        return own.execute(task, message, context, Signal())
 
     train.run_json = Path(workspace.get_app_dir("job")) / job.CONFIG / job.RUN
     return train

@@ -17,7 +17,7 @@ from .conftest import LIMITS, SIZES
 def new_run():
     torch.manual_seed(0)
     params = hospital.new_model().state_dict()
-    return Run("again", params, rounds=30, seed=7, deadline=60, limits=LIMITS)
+    return Run("again", params, rounds=12, seed=7, deadline=120, limits=LIMITS)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,9 @@ def test_the_servers_parent_is_killed(fleet, silos, params):
     assert_same_bits(fleet.result(run), simulate(run, silos).params)
 
 
-def test_the_coordinators_interpreter_is_killed(fleet, silos):
+def test_the_coordinators_interpreter_is_killed(fleet, silos, faults):
     """The same lines again follow the job that runs, instead of a second one."""
+    faults("Hospital A", {6: "slow 40"})  # so that it still runs when they are run
     run, log = lines.new_run(), fleet.kits / "server/runs/again/events.jsonl"
     command = [sys.executable, "-m", "engines.lines", fleet.server.admin]
     command += [str(fleet.kits), str(fleet.folder / "jobs")]

@@ -1,23 +1,25 @@
 """Trains in a silo. Installed there: a run names this class, it brings no code.
 
 How the model is built and where the data are is the silo's own setting
-(`local/site.json`): a function that returns a `turn.Client`.
+(`local/site.json`): a function that returns a `turn.Client`. It runs in a process of
+its own, see `trainer`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 from pathlib import Path
 
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fl_helpers import exchange
@@ -32,7 +34,7 @@ from fl_helpers.cross_silo.on_premises.refusals import (
     require_room,
 )
 from fl_helpers.cross_silo.on_premises.secure_site import SecureSite
-from fl_helpers.cross_silo.on_premises.site import ACCOUNT, read_site
+from fl_helpers.cross_silo.on_premises.trainer import Trainer
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
 from fl_helpers.simulation import Params
 
@@ -52,12 +54,17 @@ class SiteExecutor(Executor):
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.guard = SiteGuard()
         self.job: Job | None = None
-        self.client: turn.Client | None = None
+        self.trainer: Trainer | None = None
         self.sums: SecureSite | None = None
         end_with_parent()  # not at START_RUN: that waits for a server that may be gone
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         self.guard.handle_event(event_type, fl_ctx)
+        if event_type == EventType.START_RUN:  # the data load while others connect
+            with contextlib.suppress(Exception):  # the first task says what is wrong
+                kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
+                self.job = read_job(fl_ctx)
+                self.trainer = Trainer(Path(kit), self.job)
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal
@@ -66,10 +73,11 @@ class SiteExecutor(Executor):
         try:
             self.job = self.job or read_job(fl_ctx)
             round_of(shareable)
-            self.client = self.client or _load_client(kit, self.job)
+            self.trainer = self.trainer or Trainer(kit, self.job)
+            self.trainer.ready()
             if self.job.run.secure:
                 with blamed("KIT_DAMAGED", json.JSONDecodeError, OSError):
-                    self.sums = self.sums or SecureSite(self.job, kit, self.client)
+                    self.sums = self.sums or SecureSite(self.job, kit, self.trainer)
                 answer = self.sums.answer(task_name, shareable, self._answer)
             else:
                 answer = self._answer(task_name, shareable, kit)
@@ -97,31 +105,10 @@ class SiteExecutor(Executor):
                 expected=read_policy(kit).expected,
                 ledger=exchange.Ledger(kit / "ledger.jsonl"),
             )
-        own: Params = {}
-        with blamed("DATA_UNREADABLE", OSError, EOFError):
-            how = {"round_index": index}
-            if task == "evaluate":
-                update = turn.test(job.run, self.client, params, **how)
-            else:
-                update, own = turn.train(job.run, self.client, params, **how)
+        update, own = self.trainer.turn(task, params, index)
         _keep(kept, own, index)
         start = {name: params[name] for name in job.run.shared}
         return Unreleased(update, index, start)
-
-
-def _load_client(kit: Path, job: Job) -> turn.Client:
-    """What the hospital's settings name. An account is this run's."""
-    with blamed("KIT_DAMAGED", TypeError):
-        site = read_site(kit)
-    own = (kit / ACCOUNT).parent, f"{job.run.name} {job.id}", site.epsilon, site.delta
-    with blamed("DATA_UNREADABLE", OSError, EOFError, SafetensorError):
-        return turn.load_client(
-            site.client,
-            site.data,
-            job.run.settings,
-            silo=site.silo,
-            place=turn.Place(*own),
-        )
 
 
 def _needed(job: Job) -> int:

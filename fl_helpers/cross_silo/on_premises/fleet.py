@@ -237,6 +237,14 @@ class Fleet:
         kit = self.kits / site.site_name(silo)
         site.write_site(kit, replace(site.read_site(kit), **settings))
 
+    def precheck(self, silo: str, run: Run) -> list[dict[str, Any]]:
+        """Let a silo check itself for a run, see `precheck.precheck`."""
+        from fl_helpers.cross_silo.on_premises import job, precheck
+
+        silos = [each.silo for each in self.sites.values()]
+        asked = job.write_job(run, self.folder / "jobs", silos) / "app" / job.CONFIG
+        return precheck.precheck(self.kits / site.site_name(silo), run=asked)
+
     def account(self, silo: str) -> SiloAccount:
         """What a silo has spent of its privacy budget, from the file in its own kit."""
         from fl_helpers.cross_silo.account import SiloAccount

@@ -42,7 +42,7 @@ class Site:
     worker that died is started again within an hour; 0 is never. tables: the function
     that brings its rows to an analysis, named like client; "" is none. epsilon, delta:
     its privacy budget, for a client function that trains with one; no run can change
-    it.
+    it. network: whether client may use the network, to ask a data base say.
     """
 
     silo: str
@@ -53,6 +53,7 @@ class Site:
     tables: str = ""
     epsilon: float | None = None
     delta: float | None = None
+    network: bool = False
 
     @property
     def name(self) -> str:
