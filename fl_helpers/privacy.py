@@ -195,7 +195,28 @@ def train_privately(
         )
     about = partial(_about, model, silo, mechanism, lr, momentum, loss_fn)
     rng = account.begin(mechanism, about) or rng
-    rate, steps = mechanism.sample_rate, mechanism.steps
+    _take_steps(model, silo, mechanism, lr, momentum, loss_fn, rng)
+    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    if not all(bool(value.isfinite().all()) for value in params.values()):
+        raise FloatingPointError(
+            f"training diverged in silo {silo.name!r} with lr={lr}; try a smaller lr"
+        )
+    metrics = {"epsilon": account.epsilon, "steps": float(mechanism.steps)}
+    entries = params | account.entries()
+    return PrivateUpdate(silo.name, entries, len(silo.train[0]), metrics)
+
+
+def _take_steps(
+    model: nn.Module,
+    silo: Any,
+    mechanism: Mechanism,
+    lr: float,
+    momentum: float,
+    loss_fn: Loss,
+    rng: torch.Generator,
+) -> None:
+    """The steps of `train_privately`; what they cost is booked by now."""
+    rate = mechanism.sample_rate
     model.train()
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
@@ -212,7 +233,7 @@ def train_privately(
         generator=noise_rng,
     )
     batches = UniformWithReplacementSampler(
-        num_samples=len(x), sample_rate=rate, generator=rng, steps=steps
+        num_samples=len(x), sample_rate=rate, generator=rng, steps=mechanism.steps
     )
     for batch in batches:
         gradients = _per_example(model, weights, x[batch], y[batch], loss_fn)
@@ -222,13 +243,6 @@ def train_privately(
         optimizer.step()
     for weight in weights.values():
         del weight.grad_sample, weight.summed_grad
-    params = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
-    if not all(bool(value.isfinite().all()) for value in params.values()):
-        raise FloatingPointError(
-            f"training diverged in silo {silo.name!r} with lr={lr}; try a smaller lr"
-        )
-    metrics = {"epsilon": account.epsilon, "steps": float(steps)}
-    return PrivateUpdate(silo.name, params | account.entries(), len(x), metrics)
 
 
 def dp_problems(model: nn.Module) -> list[str]:
