@@ -1,11 +1,13 @@
 """Kills at random times in runs with masks and DP: they end, and nothing is spent or
 opened twice. Three in every check, twenty with FULL=1."""
 
+import contextlib
 import json
 import os
 import random
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -58,8 +60,9 @@ def strike(fleet, who, silo):
         return
     name = "server" if who == "server" else site.site_name(silo)
     for process in fleet.own_processes():
-        if str(fleet.kits / name) in " ".join(process.cmdline()):
-            process.kill()
+        with contextlib.suppress(psutil.Error):  # it has ended by itself
+            if str(fleet.kits / name) in " ".join(process.cmdline()):
+                process.kill()
     fleet.processes[name].wait(20)
     fleet.start_process(name)
     if who == "server":

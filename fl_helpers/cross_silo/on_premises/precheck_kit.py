@@ -128,13 +128,15 @@ def _policy(kit: Path) -> Verdict:
     if kind_of(kit) == "server":
         found = json.loads((kit / "local" / "resources.json").read_text())
         parts = {part["path"] for part in found["components"]}
-        ok = found.get("class_allow_list") == list(site.CONTROLLERS)
+        ok = found.get("class_allow_list") == [*site.CONTROLLERS, site.ANALYSES]
         ok, how = ok and f"{site.HERE}.guards.HubGuard" in parts, "harden_server"
     else:
         found, how = gate.explain_policy(kit), "harden_site"
+        trains = f"{site.HERE}.executor.SiteExecutor"  # and, if it was allowed, answers
+        answers = f"{trains}, {site.HERE}.analyses.QuestionExecutor"
         ok = (
             found["who may bring code"] == "nobody"
-            and found["which class may answer"] == f"{site.HERE}.executor.SiteExecutor"
+            and found["which class may answer"] in (trains, answers)
             and found["what every result passes"] == f"{site.HERE}.gate.EgressGate"
             and found["what every message passes"] == f"{site.HERE}.guards.SiteGuard"
         )
