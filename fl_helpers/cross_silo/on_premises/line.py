@@ -13,6 +13,7 @@ from nvflare.fuel.flare_api.api_spec import (
     JobNotFound,
     NoClientsAvailable,
     NoReply,
+    SessionClosed,
 )
 
 from fl_helpers.cross_silo.on_premises.refusals import explained
@@ -60,6 +61,11 @@ class Line:
         except ConnectionError as error:
             self.reason = str(error)
             return None
+        except SessionClosed as error:
+            raise RunError(
+                "the session with the server was closed on this side: open one and run "
+                "the same lines again, the run goes on"
+            ) from error
         self.heard()
         return found
 
