@@ -207,15 +207,20 @@ def test_freezing_goes_up_to_a_layer():
             freeze(small_cnn(3), up_to=name)
 
 
+class Says(nn.Module):
+    """Always the same odds: of the first of two classes, or inside at each pixel."""
+
+    def __init__(self, odds, *, pixels=False):
+        super().__init__()
+        self.logit, self.pixels = math.log(odds), pixels
+
+    def forward(self, x):
+        if self.pixels:
+            return torch.full_like(x, self.logit)
+        return torch.tensor([[self.logit, 0.0]]).expand(len(x), 2)
+
+
 def test_an_ensemble_averages_the_answers():
-    class Says(nn.Module):
-        def __init__(self, odds):
-            super().__init__()
-            self.odds = odds
-
-        def forward(self, x):
-            return torch.tensor([[math.log(self.odds), 0.0]]).expand(len(x), 2)
-
     both = Ensemble([Says(9.0), Says(1.0)])  # 90 % and 50 % for the first class: 70 %
     expected = torch.tensor([0.7, 0.3]).expand(3, 2)
     torch.testing.assert_close(both(torch.zeros(3, 1)).softmax(dim=1), expected)
@@ -224,15 +229,7 @@ def test_an_ensemble_averages_the_answers():
 
 
 def test_an_ensemble_of_outlines_averages_the_probability_of_each_pixel():
-    class Says(nn.Module):
-        def __init__(self, odds):
-            super().__init__()
-            self.odds = odds
-
-        def forward(self, x):
-            return torch.full_like(x, math.log(self.odds))
-
-    both = Ensemble([Says(9.0), Says(1.0)])  # 90 % and 50 %: 70 %
+    both = Ensemble([Says(odds, pixels=True) for odds in (9.0, 1.0)])  # 90, 50 %: 70 %
     x = torch.zeros(2, 1, 4, 4)
     torch.testing.assert_close(both(x).sigmoid(), torch.full_like(x, 0.7))
 

@@ -47,6 +47,15 @@ def content(names=NAMES):
     }
 
 
+def full_content():
+    """With a real-looking subscription, and a step that prepares the data."""
+    found = content()
+    number = "12345678-9abc-def0-1234-56789abcdef0"
+    found["azure_ml"]["workspace"]["subscription_id"] = number
+    found["azure_ml"]["prepare"] = f"{hospital.__file__}:prepare"
+    return found
+
+
 def read(folder, found):
     """A federation from such values."""
     (folder / "silos.yaml").write_text(yaml.safe_dump(found))

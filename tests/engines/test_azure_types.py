@@ -10,7 +10,7 @@ import requests
 from fl_helpers.cross_silo.azure_ml import workspace
 from fl_helpers.cross_silo.azure_ml.preflight import preflight
 
-from . import azure_trial, fake_azure, hospital, published_types
+from . import azure_trial, fake_azure, published_types
 
 pytestmark = published_types.needed
 TEMPLATES = Path(__file__).parents[2] / "docs" / "azure"
@@ -23,10 +23,7 @@ KNOWN = [  # azure-ai-ml 1.35 sends a number where a text is published
 def recording(tmp_path_factory):
     """[(type, whether it is an answer, body)] of looking, sending, waiting."""
     folder = tmp_path_factory.mktemp("types")
-    content = azure_trial.content()
-    number = "12345678-9abc-def0-1234-56789abcdef0"
-    content["azure_ml"]["workspace"]["subscription_id"] = number
-    content["azure_ml"]["prepare"] = f"{hospital.__file__}:prepare"
+    content = azure_trial.full_content()
     content["silos"][0]["azure_ml"] |= {"processes": 2, "shm_size": "8g"}
     fed = azure_trial.read(folder, content)
     fake = fake_azure.Instant(fed, folder / "cloud")

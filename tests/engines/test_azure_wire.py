@@ -11,7 +11,7 @@ import yaml
 from fl_helpers.cross_silo.azure_ml import pipeline, plan, sdk, wire, workspace
 from fl_helpers.training import norm_entries
 
-from . import azure_mutations, azure_trial, fake_azure, hospital
+from . import azure_mutations, azure_trial, fake_azure
 
 FULL = bool(os.environ.get("FULL"))
 A, B = "train_0000_hospital_a", "train_0000_hospital_b"
@@ -22,10 +22,7 @@ STORE = "azureml://datastores"
 def sent(tmp_path_factory):
     """(plan, calls): 2 rounds, 3 silos, every kind of job and folder, as sent."""
     folder = tmp_path_factory.mktemp("wire")
-    content = azure_trial.content()
-    number = "12345678-9abc-def0-1234-56789abcdef0"
-    content["azure_ml"]["workspace"]["subscription_id"] = number
-    content["azure_ml"]["prepare"] = f"{hospital.__file__}:prepare"
+    content = azure_trial.full_content()
     content["silos"][1]["azure_ml"] |= {"processes": 2, "shm_size": "8g"}
     content["silos"][2]["azure_ml"]["instance_type"] = "gpu-4"
     fed = azure_trial.read(folder, content)

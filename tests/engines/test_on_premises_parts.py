@@ -125,7 +125,7 @@ def test_the_policy_on_one_page(kits, tmp_path):
     assert gate.explain_policy(kit)["what may leave"].endswith("; in secure sums only")
     questions.allow_questions(kit, minimum=20)
     page = gate.explain_policy(kit)
-    assert page["which class may answer"].endswith(questions.EXECUTOR)
+    assert page["which class may answer"].endswith(site.ANSWERS)
     assert page["what may leave"].endswith(
         f"; answers of {len(questions.KNOWN)} functions of an analysis, about 20 "
         "patients or more"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nvflare.fuel.flare_api.api_spec import JobNotFound, NoConnection
+from nvflare.fuel.flare_api.api_spec import JobNotFound, NoConnection, SessionClosed
 
 from fl_helpers.cross_silo.on_premises import line, runs
 from fl_helpers.cross_silo.on_premises.runs import Patience, RunError
@@ -168,6 +168,14 @@ def test_other_errors_are_not_swallowed(folder):
 
     with pytest.raises(KeyError, match="not expected"):
         list(play(Server(folder, nothing, break_down)))
+
+
+def test_a_session_that_was_closed_here_is_told_with_the_way_to_go_on(folder):
+    def close(server):
+        raise SessionClosed("session closed")
+
+    with pytest.raises(RunError, match="closed on this side.* same lines again"):
+        list(play(Server(folder, nothing, close)))
 
 
 def test_a_server_that_is_not_there_at_the_start(folder):

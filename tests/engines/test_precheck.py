@@ -34,6 +34,7 @@ from fl_helpers.cross_silo.on_premises import (
     precheck_kit,
     precheck_trial,
     provision,
+    questions,
     site,
 )
 from fl_helpers.cross_silo.run import Run
@@ -285,6 +286,16 @@ def test_a_clean_kit_is_ready(kit, place, capsys, monkeypatch):
     assert "ok       gate" in table and "ok       connection" in table
     after = {path: path.read_bytes() for path in kit.rglob("*") if path.is_file()}
     assert after == before, "the pre-check has changed the kit"
+
+
+def test_a_policy_that_answers_questions_is_not_weaker(kit):
+    questions.allow_questions(kit)
+    assert precheck_kit._policy(kit)[0] is True
+    path = kit / "local" / "resources.json"
+    resources = json.loads(path.read_text())
+    resources["class_allow_list"].append("theirs.Executor")  # one that nobody knows
+    path.write_text(json.dumps(resources))
+    assert precheck_kit._policy(kit)[0] is False
 
 
 @needs_sandbox

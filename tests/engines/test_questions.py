@@ -15,7 +15,6 @@ from fl_helpers.analysis import TooFew
 from fl_helpers.cross_silo.on_premises import analyses, gate, questions, site
 from fl_helpers.cross_silo.on_premises.questions import (
     COHORTS,
-    EXECUTOR,
     KNOWN,
     Denied,
     Question,
@@ -26,6 +25,7 @@ from fl_helpers.cross_silo.on_premises.questions import (
     read_question,
     read_rules,
 )
+from fl_helpers.cross_silo.on_premises.site import ANSWERS
 from fl_helpers.cross_silo.turn import Tables
 
 pytestmark = pytest.mark.engines
@@ -96,10 +96,10 @@ def test_runs_may_name_the_class_that_answers_only_then(kit):
         return json.loads(text)["class_allow_list"]
 
     kind = analyses.QuestionExecutor
-    assert f"{kind.__module__}.{kind.__name__}" == EXECUTOR
+    assert f"{kind.__module__}.{kind.__name__}" == ANSWERS
     for _ in range(2):
         allow_questions(kit)
-        assert classes() == ["the.executor", EXECUTOR]
+        assert classes() == ["the.executor", ANSWERS]
     allow_questions(kit, [])
     assert classes() == ["the.executor"]
 

@@ -49,15 +49,7 @@ def of(events, kind):
 
 def play(fleet, run, **how):
     """As a coordinator does, whom nobody tells that a process has ended."""
-    return runs.play(
-        run,
-        fleet.session,
-        silos=[site.silo for site in fleet.sites.values()],
-        server_kit=fleet.kits / "server",
-        jobs=fleet.folder / "jobs",
-        timeout=LIMIT,
-        **how,
-    )
+    return runs.play(run, fleet.session, **fleet.places, timeout=LIMIT, **how)
 
 
 def stop(fleet, who):

@@ -20,24 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable, make_reply
-from nvflare.apis.signal import Signal
+from nvflare.apis.shareable import Shareable
 from safetensors.numpy import load_file, save_file
 
 from fl_helpers.analysis import Arrays, add_answers
 from fl_helpers.cross_silo import turn
 from fl_helpers.cross_silo.on_premises import job, runs
 from fl_helpers.cross_silo.on_premises.controller import RoundController
+from fl_helpers.cross_silo.on_premises.executor import TaskExecutor
 from fl_helpers.cross_silo.on_premises.gate import Sums
-from fl_helpers.cross_silo.on_premises.guards import SiteGuard
 from fl_helpers.cross_silo.on_premises.line import Line, Patience
 from fl_helpers.cross_silo.on_premises.questions import (
     ANSWER,
-    EXECUTOR,
     Denied,
     Question,
     answer,
@@ -45,10 +41,13 @@ from fl_helpers.cross_silo.on_premises.questions import (
     read_rules,
 )
 from fl_helpers.cross_silo.on_premises.record import Record
-from fl_helpers.cross_silo.on_premises.refusals import code_of
 from fl_helpers.cross_silo.on_premises.runs import RunError
-from fl_helpers.cross_silo.on_premises.site import ANALYSES, read_site, site_name
-from fl_helpers.cross_silo.on_premises.worker import end_with_parent
+from fl_helpers.cross_silo.on_premises.site import (
+    ANALYSES,
+    ANSWERS,
+    read_site,
+    site_name,
+)
 
 PLACE, TASK, END = "analyses", "ask", "end"
 CODE = "the site answered "  # how the controller says which code came
@@ -211,7 +210,7 @@ def asking(
     content = json.loads((folder / "app" / job.CONFIG / job.RUN).read_text())
     record = server_kit / PLACE / analysis.name
     line = Line(session, Patience())
-    watch = runs._Watch(analysis, line, [*silos], record, check)
+    watch = runs.Watch(analysis, line, [*silos], record, check)
     watch.end = time.monotonic() + timeout
     events = _events(watch, folder)
     box = record / content["id"]
@@ -223,7 +222,7 @@ def asking(
         (box / END).touch()
         for _ in events:
             pass
-    except runs._GivenUp as error:
+    except runs.GivenUp as error:
         raise RunError(f"analysis {analysis.name!r} ended as {error}") from None
     finally:
         events.close()  # aborts the run if it is not over
@@ -244,7 +243,7 @@ def write_analysis(analysis: Analysis, jobs: Path, silos: Collection[str]) -> Pa
     sites = {site_name(silo): silo for silo in silos}
     content = {"id": uuid.uuid4().hex, "silos": sites, "analysis": asdict(analysis)}
     (app / job.RUN).write_text(json.dumps(content), encoding="utf-8")
-    return job.write_parts(app, quorum, ANALYSES, EXECUTOR, [TASK])
+    return job.write_parts(app, quorum, ANALYSES, ANSWERS, [TASK])
 
 
 # -- at the server
@@ -303,33 +302,16 @@ class QuestionController(RoundController):
 # -- at a hospital
 
 
-class QuestionExecutor(Executor):
+class QuestionExecutor(TaskExecutor):
     """Answers the task "ask" with `Sums`, by the hospital's rules, see `questions`."""
 
     def __init__(self) -> None:
         super().__init__()
-        torch.set_num_threads(1)  # the number of threads changes the last bits
-        self.guard = SiteGuard()
         self.tables: turn.Tables | None = None
-        end_with_parent()
 
-    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        self.guard.handle_event(event_type, fl_ctx)
-
-    def execute(
-        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal
-    ) -> Shareable:
-        kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
-        try:
-            found = self._answer(kit, shareable)
-        except Exception as error:  # its text may name a patient: it stays in the log
-            self.logger.exception(f"task {task_name!r} was not answered")
-            return make_reply(code_of(error))
-        result = make_reply(ReturnCode.OK)
-        result["update"] = found
-        return result
-
-    def _answer(self, kit: Path, message: Shareable) -> Sums:
+    def result(
+        self, task: str, message: Shareable, kit: Path, context: FLContext
+    ) -> Sums:
         site, _ = read_site(kit), read_rules(kit)
         if not site.tables:
             raise Denied("local/site.json names no function `tables`")

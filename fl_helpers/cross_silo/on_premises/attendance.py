@@ -17,16 +17,16 @@ class Answers:
     silos: those whose updates count; a secure sum has one update for all of them.
     """
 
+    updates: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    silos: tuple[str, ...] = ()
+
     def more(self, later: Answers) -> Answers:
         """These, and what came when the rest was asked again."""
         silos = tuple(sorted({*self.silos, *later.silos}))
         before = {k: v for k, v in self.refused.items() if k not in later.silos}
         updates = self.updates | later.updates
         return Answers(updates, before | later.refused, silos)
-
-    updates: dict[str, Any] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    silos: tuple[str, ...] = ()
 
 
 class Attendance:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from nvflare.apis.event_type import EventType
@@ -41,7 +42,39 @@ from fl_helpers.simulation import Params
 KEPT = 3  # rounds, of the entries that never leave
 
 
-class SiteExecutor(Executor):
+class TaskExecutor(Executor):
+    """What answers tasks at a hospital; of an error only its code leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.set_num_threads(1)  # the number of threads changes the last bits
+        self.guard = SiteGuard()
+        end_with_parent()  # not at START_RUN: that waits for a server that may be gone
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        self.guard.handle_event(event_type, fl_ctx)
+
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal
+    ) -> Shareable:
+        kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
+        try:
+            found = self.result(task_name, shareable, kit, fl_ctx)
+        except Exception as error:  # its text may name a patient: it stays in the log
+            self.logger.exception(f"task {task_name!r} was not answered")
+            return make_reply(code_of(error))
+        reply = make_reply(ReturnCode.OK)
+        reply["update"] = found
+        return reply
+
+    def result(
+        self, task: str, message: Shareable, kit: Path, context: FLContext
+    ) -> Any:
+        """What the gate is given; whatever it raises becomes a code."""
+        raise NotImplementedError
+
+
+class SiteExecutor(TaskExecutor):
     """Answers the tasks "train" and "evaluate" of a run with an `Unreleased` update.
 
     Entries that never leave are kept in the kit, with the three last rounds' values, so
@@ -51,42 +84,30 @@ class SiteExecutor(Executor):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.set_num_threads(1)  # the number of threads changes the last bits
-        self.guard = SiteGuard()
         self.job: Job | None = None
         self.trainer: Trainer | None = None
         self.sums: SecureSite | None = None
-        end_with_parent()  # not at START_RUN: that waits for a server that may be gone
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        self.guard.handle_event(event_type, fl_ctx)
+        super().handle_event(event_type, fl_ctx)
         if event_type == EventType.START_RUN:  # the data load while others connect
             with contextlib.suppress(Exception):  # the first task says what is wrong
                 kit = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()
                 self.job = read_job(fl_ctx)
                 self.trainer = Trainer(Path(kit), self.job)
 
-    def execute(
-        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal
-    ) -> Shareable:
-        kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
-        try:
-            self.job = self.job or read_job(fl_ctx)
-            round_of(shareable)
-            self.trainer = self.trainer or Trainer(kit, self.job)
-            self.trainer.ready()
-            if self.job.run.secure:
-                with blamed("KIT_DAMAGED", json.JSONDecodeError, OSError):
-                    self.sums = self.sums or SecureSite(self.job, kit, self.trainer)
-                answer = self.sums.answer(task_name, shareable, self._answer)
-            else:
-                answer = self._answer(task_name, shareable, kit)
-        except Exception as error:  # its text may name a patient: it stays in the log
-            self.logger.exception(f"task {task_name!r} failed")
-            return make_reply(code_of(error))
-        result = make_reply(ReturnCode.OK)
-        result["update"] = answer
-        return result
+    def result(
+        self, task: str, message: Shareable, kit: Path, context: FLContext
+    ) -> Any:
+        self.job = self.job or read_job(context)
+        round_of(message)
+        self.trainer = self.trainer or Trainer(kit, self.job)
+        self.trainer.ready()
+        if not self.job.run.secure:
+            return self._answer(task, message, kit)
+        with blamed("KIT_DAMAGED", json.JSONDecodeError, OSError):
+            self.sums = self.sums or SecureSite(self.job, kit, self.trainer)
+        return self.sums.answer(task, message, self._answer)
 
     def _answer(self, task: str, message: Shareable, kit: Path) -> Unreleased:
         if task not in ("train", "evaluate"):

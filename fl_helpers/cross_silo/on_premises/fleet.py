@@ -173,15 +173,15 @@ class Fleet:
     def run(self, run: Run, *, timeout: float = 3600) -> Iterator[dict[str, Any]]:
         """Start a run and yield its events, see `runs.play`; RunError with the last
         lines of its log, too, if the server dies."""
-        return runs.play(
-            run,
-            self.session,
-            silos=[site.silo for site in self.sites.values()],
-            server_kit=self.kits / "server",
-            jobs=self.folder / "jobs",
-            check=lambda: self._check_alive("server"),
-            timeout=timeout,
-        )
+        alive = {"check": lambda: self._check_alive("server")}
+        return runs.play(run, self.session, **self.places, **alive, timeout=timeout)
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Whom `runs.play` and `analyses.asking` ask, and where their files lie."""
+        silos = [site.silo for site in self.sites.values()]
+        server, jobs = self.kits / "server", self.folder / "jobs"
+        return {"silos": silos, "server_kit": server, "jobs": jobs}
 
     def ask(
         self, name: str, *, quorum: int | None = None, deadline: int = 60
@@ -189,14 +189,9 @@ class Fleet:
         """A run of questions, and its `Ask`: see `analyses.asking` and `Analysis`."""
         from fl_helpers.cross_silo.on_premises import analyses
 
-        return analyses.asking(
-            analyses.Analysis(name, quorum, deadline),
-            self.session,
-            silos=[site.silo for site in self.sites.values()],
-            server_kit=self.kits / "server",
-            jobs=self.folder / "jobs",
-            check=lambda: self._check_alive("server"),
-        )
+        analysis = analyses.Analysis(name, quorum, deadline)
+        alive = {"check": lambda: self._check_alive("server")}
+        return analyses.asking(analysis, self.session, **self.places, **alive)
 
     def result(self, run: Run) -> Params:
         """The final global model of a run that is done, without silos' own entries."""

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from fl_helpers import exchange
 from fl_helpers.cross_silo import sandbox
 from fl_helpers.cross_silo.on_premises import gate
+from fl_helpers.cross_silo.on_premises.precheck_kit import Verdict
 from fl_helpers.cross_silo.on_premises.precheck_trial import UPDATE, Asked, try_out
 from fl_helpers.cross_silo.on_premises.site import Site
 from fl_helpers.training import Update
 
 Row = dict[str, Any]
-Verdict = tuple[bool | None, str, str]
 
 
 def row(item: str, ok: bool | None, found: str, remedy: str = "") -> Row:

@@ -128,12 +128,12 @@ def _policy(kit: Path) -> Verdict:
     if kind_of(kit) == "server":
         found = json.loads((kit / "local" / "resources.json").read_text())
         parts = {part["path"] for part in found["components"]}
-        ok = found.get("class_allow_list") == [*site.CONTROLLERS, site.ANALYSES]
+        ok = found.get("class_allow_list") == list(site.SERVER_CLASSES)
         ok, how = ok and f"{site.HERE}.guards.HubGuard" in parts, "harden_server"
     else:
         found, how = gate.explain_policy(kit), "harden_site"
-        trains = f"{site.HERE}.executor.SiteExecutor"  # and, if it was allowed, answers
-        answers = f"{trains}, {site.HERE}.analyses.QuestionExecutor"
+        trains = ", ".join(site.CLASSES)
+        answers = f"{trains}, {site.ANSWERS}"  # if the hospital allows questions
         ok = (
             found["who may bring code"] == "nobody"
             and found["which class may answer"] in (trains, answers)

@@ -26,14 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fl_helpers.cross_silo import sandbox, turn
-from fl_helpers.cross_silo.on_premises.site import Site
+from fl_helpers.cross_silo.on_premises.site import INITIAL, RUN, Site
 from fl_helpers.cross_silo.on_premises.trainer import code_of_client
 from fl_helpers.cross_silo.run import Run, from_plain, to_plain
 from fl_helpers.silos import Rows
 from fl_helpers.simulation import Params
 
 Plan = Mapping[str, Any]
-INITIAL, RUN = "initial.safetensors", "run.json"
 FOUND, UPDATE = "found.json", "update.safetensors"
 LOOKED_AT = 2000  # examples that are read, where reading each of them could take long
 POWERS = (-6, -3, -2, -1, 1, 2, 3, 6)  # of ten, by which units are mixed up

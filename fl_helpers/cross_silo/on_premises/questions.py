@@ -36,7 +36,7 @@ from fl_helpers import (
 )
 from fl_helpers.analysis import CohortLedger, TooFew, as_arrays
 from fl_helpers.cross_silo.on_premises.gate import Sums, pack
-from fl_helpers.cross_silo.on_premises.site import HERE, write_local
+from fl_helpers.cross_silo.on_premises.site import ANSWERS, write_local
 from fl_helpers.cross_silo.turn import Tables
 from fl_helpers.training import Update
 
@@ -47,7 +47,6 @@ KNOWN: dict[str, Callable[..., Mapping[str, Any]]] = {
     if name.startswith("silo_") or name == "finest_counts"
 }
 LIMITS = ("min_rows", "min_count", "min_events")  # settings that a hospital sets
-EXECUTOR = f"{HERE}.analyses.QuestionExecutor"
 COHORTS = "analysis/cohorts.jsonl"  # of a kit, for `analysis.CohortLedger`
 QUESTIONS = "analysis/questions.jsonl"  # of a kit: time, hash and text of each
 ANSWER = exchange.Limits(metrics=frozenset())  # of an answer: arrays, nothing else
@@ -140,8 +139,8 @@ def allow_questions(
         raise ValueError(f"not known: {unknown[:3]}; or minimum {minimum} below 2")
     path = Path(kit) / "local" / "resources.json"
     resources = json.loads(path.read_text(encoding="utf-8"))
-    classes = [c for c in resources["class_allow_list"] if c != EXECUTOR]
-    resources["class_allow_list"] = classes + [EXECUTOR] * bool(functions)
+    classes = [c for c in resources["class_allow_list"] if c != ANSWERS]
+    resources["class_allow_list"] = classes + [ANSWERS] * bool(functions)
     write_local(kit, "resources.json", resources)
     rules = {"functions": sorted(functions), "minimum": minimum}
     write_local(kit, "questions.json", rules)

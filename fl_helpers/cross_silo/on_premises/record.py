@@ -124,7 +124,7 @@ class Record:
         about = asdict(state)
         text = json.dumps(about | {"sha256": _digest(_canonical(about))})
         for path in (self.state(done), self.folder / "state.json"):
-            _replace(path, text)
+            replace_file(path, text)
         for old in _rounds_in(self.folder):
             if old <= done - self.keep:
                 self._forget(old)
@@ -223,7 +223,8 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file anew, on the disk before it takes the place of the old one."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -63,7 +63,7 @@ def play(
     if this process is killed, the run goes on, and the same lines follow it.
     """
     line = Line(session, patience)
-    watch = _Watch(run, line, [*silos], server_kit / "runs" / run.name, check)
+    watch = Watch(run, line, [*silos], server_kit / "runs" / run.name, check)
     watch.end = time.monotonic() + timeout
     for problem in certificate_problems(server_kit):
         yield _event("certificate", reason=problem)
@@ -92,13 +92,13 @@ def spans(events: Iterable[dict[str, Any]]) -> Iterator[tuple[str, float, float,
             yield event["silo"], begun, now, event["event"]
 
 
-class _GivenUp(Exception):
+class GivenUp(Exception):
     """The engine ended a run that had begun, and our controller had no say in it; or a
     job that it can no more be played in."""
 
 
 @dataclass
-class _Watch:
+class Watch:
     """One run, as it is seen from the coordinator's side.
 
     folder: of the run, at the server. end: when the time for it is over. job: the
@@ -148,7 +148,7 @@ class _Watch:
                     left = restarts if event["event"] == "round_end" else left
                     yield event
                 return
-            except _GivenUp as error:
+            except GivenUp as error:
                 if not left:
                     raise RunError(
                         f"run {self.run.name!r} ended {restarts + 1} times without a "
@@ -211,7 +211,7 @@ class _Watch:
         os.replace(path.with_suffix(".tmp"), path)
 
     def follow(self) -> Iterator[dict[str, Any]]:
-        """The events of the job, until the last one; _GivenUp if it ends without."""
+        """The events of the job, until the last one; GivenUp if it ends without."""
         over, begun, told, asked = False, False, False, time.monotonic()
         try:
             while not over:
@@ -254,7 +254,7 @@ class _Watch:
         """The engine says that the job is over, without a last event."""
         aborted = "ABORTED" in verdict  # that was somebody's wish
         if verdict == LOST or (not aborted and (begun or self.run.wait_for_quorum)):
-            raise _GivenUp(verdict)
+            raise GivenUp(verdict)
         left = f"; left out: {self.left_out}" if self.left_out else ""
         raise RunError(
             f"run {self.run.name!r} ended as {verdict}; the server's log says why{left}"
@@ -296,7 +296,7 @@ class _Watch:
             yield from self.line.silence()
             self.pause(0.5)
         yield from self._new_events()
-        raise _GivenUp(f"{back} came back and take part again")
+        raise GivenUp(f"{back} came back and take part again")
 
 
 def _event(kind: str, **content: Any) -> dict[str, Any]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from fl_helpers.cross_silo.fixed_point import ALL, FRACTION_BITS, Plain, decode
 from fl_helpers.cross_silo.on_premises.attendance import Answers
 from fl_helpers.cross_silo.on_premises.controller import RoundController
 from fl_helpers.cross_silo.on_premises.gate import SEALED, pack
+from fl_helpers.cross_silo.on_premises.record import replace_file
 from fl_helpers.cross_silo.secure import MAX_HELLO, Question, Sum
 from fl_helpers.simulation import NoQuorum, Params
 
@@ -188,7 +187,7 @@ class SecureController(RoundController):
 
     def _save(self, asked: Question) -> None:
         path = self.record.folder / "secure.json"
-        _replace(path, json.dumps({"total": self.total, "asked": asked.text()}))
+        replace_file(path, json.dumps({"total": self.total, "asked": asked.text()}))
 
 
 def _bytes(message: Shareable, name: str, limit: int) -> bytes:
@@ -196,12 +195,3 @@ def _bytes(message: Shareable, name: str, limit: int) -> bytes:
     if not isinstance(content, bytes) or len(content) > limit:
         raise ValueError(f"a {name} must be at most {limit} bytes")
     return content
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -19,7 +19,9 @@ CONTROLLERS = (  # of a plain run, of a secure one
     f"{HERE}.secure_controller.SecureController",
 )
 ANALYSES = f"{HERE}.analyses.QuestionController"
+ANSWERS = f"{HERE}.analyses.QuestionExecutor"  # at a hospital that allows questions
 CLASSES = (f"{HERE}.executor.SiteExecutor",)  # that a job may name at a hospital
+SERVER_CLASSES = (*CONTROLLERS, ANALYSES)  # that one may name at the server
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
 FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
@@ -144,7 +146,7 @@ def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None
     `harden_site`."""
     kit = Path(kit).resolve()
     resources = json.loads((kit / "local" / "resources.json.default").read_text())
-    resources["class_allow_list"] = [*CONTROLLERS, ANALYSES]
+    resources["class_allow_list"] = list(SERVER_CLASSES)
     resources["servers"][0]["heart_beat_timeout"] = 30  # seconds; by default 600
     storage = resources["snapshot_persistor"]["args"]["storage"]
     storage["args"]["root_dir"] = str(kit / "snapshots")
