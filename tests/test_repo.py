@@ -315,3 +315,13 @@ def test_python_in_security_audits_a_model_that_is_not_ours(capsys):
     silo = SimpleNamespace(train=part, test=part)  # the same images: nothing to find
     exec(textwrap.dedent(block), {"model": resnet18(num_classes=2), "silo": silo})
     assert "'auroc': 0.5" in capsys.readouterr().out
+
+
+def test_the_repository_holds_files_only():
+    """A link would bring a place of somebody's machine into every clone."""
+    command = ["git", "ls-files", "--stage"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a clone: git cannot list its files")
+    links = [line for line in done.stdout.splitlines() if line.startswith("120000")]
+    assert not links
