@@ -62,6 +62,15 @@ def test_there_is_more_text_than_code_and_not_too_much(cells):
     assert longest <= 160, longest
 
 
+def test_text_is_no_code(cells):
+    """A cell of code whose type was lost is shown to the reader and never run."""
+    for text in text_of(cells):
+        try:
+            assert not ast.parse(text).body, text  # a heading alone is a comment
+        except SyntaxError:
+            pass
+
+
 def speaks(cell):
     """Whether a cell prints, or ends in an expression that shows something."""
     body = ast.parse(cell.source).body
