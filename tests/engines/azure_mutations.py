@@ -320,7 +320,7 @@ def _yaml(body, rng):
     found = body.get("properties", {})
     if found.get("condaFile"):
         text = yaml.safe_dump(yaml.safe_load(found["condaFile"]), sort_keys=False)
-        found["condaFile"] = f"# {rng.random()}\n{text}\n"
+        found["condaFile"] = "\n" * rng.randint(0, 3) + text.replace("\n", "\n\n")
 
 
 def parsed(calls):
