@@ -57,6 +57,7 @@ OPTIONAL = {
     "azure_ml.released[]": r"[a-z]\w*",
     "azure_ml.metrics[]": r"[A-Za-z]\w*",
     "azure_ml.environment": f"{ASSET}|{CURATED}|{IMAGE}",
+    "azure_ml.base_image": IMAGE,
     "azure_ml.hours": r"[1-9]\d{0,2}",
     "azure_ml.prepare": CLIENT,
     "azure_ml.orchestrator.instance_type": INSTANCE,
@@ -132,7 +133,8 @@ class AzureML:
 
     client: see `turn.load_client`. released: outputs of a silo's jobs that may leave
     it. metrics: numbers that may. environment: a registered one, or an image by its
-    digest; "" is the one that is pinned in `jobs/`. prepare: a function in the same
+    digest; "" is the one that is pinned in `jobs/`, on base_image ("" is the pinned
+    one, too). prepare: a function in the same
     form as client, called in each silo before the first round as function(data, target,
     settings): what it writes into the folder target, the client gets as data. hours:
     that one job may take.
@@ -144,6 +146,7 @@ class AzureML:
     released: frozenset[str]
     metrics: frozenset[str]
     environment: str = ""
+    base_image: str = ""
     prepare: str = ""
     hours: int = 24
 
@@ -331,6 +334,9 @@ def _azure_ml(
     content: _Content, names: list[str], here: Path
 ) -> tuple[AzureML, list[Party]]:
     own, parties = content.section("azure_ml.", here), []
+    if {"environment", "base_image"} <= own.keys():
+        why = "is for the packages in jobs/; environment names another one"
+        raise content.error("azure_ml.base_image", why)
     own["workspace"] = Workspace(**content.section("azure_ml.workspace."))
     main = Party("orchestrator", **content.section("azure_ml.orchestrator."))
     owners = {(key, getattr(main, key).lower()): main.name for key in OWN.values()}

@@ -208,7 +208,7 @@ def _text(method, path, body, bodies, rng):
         lambda: value.replace("==", ">=", 1),
         lambda: value.replace("- torch==", "- --pre\n  - torch==", 1),
         lambda: value.replace("- conda-forge", "- https://x.org/conda", 1),
-        lambda: re.sub(r":[\w.]+$", ":stable", value),
+        lambda: re.sub(r"(@sha256)?:[\w.]+$", ":stable", value),
         lambda: value.replace(".py", "_2.py", 1),
         lambda: value.replace("-B ", "", 1),
     ]
@@ -320,7 +320,7 @@ def _yaml(body, rng):
     found = body.get("properties", {})
     if found.get("condaFile"):
         text = yaml.safe_dump(yaml.safe_load(found["condaFile"]), sort_keys=False)
-        found["condaFile"] = f"# {rng.random()}\n{text}\n"
+        found["condaFile"] = "\n" * rng.randint(0, 3) + text.replace("\n", "\n\n")
 
 
 def parsed(calls):

@@ -276,4 +276,24 @@ def test_the_pinned_versions_are_within_the_ranges_of_the_requirements():
     for name in shared:
         assert ranges[name].contains(pinned[name].public), name
     assert all("=" in d for d in conda["dependencies"][:-1])
-    assert re.search(r":\d{8}\.v\d+$", snapshot.IMAGE)
+
+
+def test_the_base_image_has_a_digest_and_may_be_another(fed, params, tmp_path):
+    assert re.fullmatch(r"mcr\.microsoft\.com/azureml/.+@sha256:[0-9a-f]{64}",
+                        snapshot.IMAGE)  # fmt: skip
+    content, other = azure_trial.content(), "mcr.microsoft.com/x@sha256:" + "0" * 64
+    content["azure_ml"]["base_image"] = other
+    changed = azure_trial.read(tmp_path, content)
+    plan = azure_trial.build(changed, params, tmp_path)
+    assert plan.digest != azure_trial.build(fed, params, tmp_path).digest
+    for part, found in snapshot.environments(fed).items():
+        assert found["image"] == snapshot.IMAGE
+        assert snapshot.environments(changed)[part] == found | {"image": other}
+    wire.check_job(sdk.to_job(plan), plan)
+    for image in ("mcr.microsoft.com/x:20260715.v1", "mcr.microsoft.com/x"):
+        content["azure_ml"]["base_image"] = image
+        with pytest.raises(ValueError, match="azure_ml.base_image must match"):
+            azure_trial.read(tmp_path, content)
+    content["azure_ml"] |= {"base_image": other, "environment": "azureml:fl:1"}
+    with pytest.raises(ValueError, match="environment names another"):
+        azure_trial.read(tmp_path, content)

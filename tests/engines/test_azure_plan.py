@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fl_helpers.cross_silo.azure_ml import explain, pipeline, plan
+from fl_helpers.cross_silo.azure_ml import explain, pipeline, plan, snapshot
 from fl_helpers.training import norm_entries
 
 from . import azure_trial, hospital
@@ -164,7 +164,7 @@ def test_the_explanation_says_what_leaves_whom_and_how_much(made):
     assert row["bytes at most"] == f"{size:,} each, {2 * size + 1024:,} in all"
     assert row["to"] == "orchestrator: fl/updates/hospital_b/trial/"
     assert row["machine hours at most"] == 4 * 2  # prepare, train twice, evaluate
-    for text in ("Hospital C", made.digest, *made.codes.values(), "20260715.v1"):
+    for text in ("Hospital C", made.digest, *made.codes.values(), snapshot.IMAGE):
         assert text in found.markdown
     for job in made.jobs:
         assert f"`{job.command}`" in found.markdown

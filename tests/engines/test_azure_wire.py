@@ -179,6 +179,16 @@ def pip(line):
     )
 
 
+def text(change):
+    def made(bodies):
+        method, path, body = next(b for b in bodies if "/environments/" in b[1])
+        found = body["properties"]
+        found = found | {"condaFile": change(found["condaFile"])}
+        return method, path, {"properties": found}
+
+    return made
+
+
 def uri(path):
     return {"uri": path, "mode": "ReadOnlyMount", "job_input_type": "uri_folder"}
 
@@ -221,8 +231,12 @@ NAMED = {  # what is changed: (how, what the refusal says)
     "docker arguments": (
         job("resources", {"docker_args": "-v /:/host"}), "docker_args"),
     "several machines": (job("resources", {"instance_count": 2}), "instance_count"),
-    "22 days": (
-        graph(lambda p: p["jobs"][A]["limits"].update(timeout="P22D")), "timeout"),
+    "a job that is null": (graph(lambda p: p["jobs"].update(more=None)), "more: it is"),
+    "a look-alike that has an ASCII lower case": (  # the Kelvin sign
+        graph(lambda p: p["jobs"][A].update(
+            computeId=p["jobs"][A]["computeId"].replace("rk", "r\u212a"))),
+        "not ours"),
+    "the same key in another case": (job("Outputs", {}), "one meaning"),
     "several processes that nobody asked for": (
         job("distribution", {"distribution_type": "PyTorch"}), "distribution"),
     "another silo's compute": (
@@ -275,6 +289,15 @@ NAMED = {  # what is changed: (how, what the refusal says)
     "an option": (pip("--pre"), "the environment"),
     "another index": (pip("--index-url https://x.org"), "the environment"),
     "a package from the web": (pip("x @ https://x.org/x.whl"), "the environment"),
+    "words in a comment": (text(lambda t: "# patient 4711\n" + t), "the environment"),
+    "a key twice, of which others take the first": (
+        text(lambda t: "dependencies: [x=1]\n" + t), "the environment"),
+    "an address that is taken": (  # the silos' gets what has MLflow
+        lambda bodies: (*bodies[1][:2], bodies[0][2]), "mlflow"),
+    "a name in the address of code": (
+        lambda bodies: next(
+            (m, p.replace(p.split("/")[-3], "patient-4711"), b)
+            for m, p, b in bodies if p.endswith("/versions/1")), "its parts"),
     "a foreign channel": (
         environment(lambda f: f["condaFile"]["channels"].append("https://x.org")),
         "the environment"),
@@ -294,6 +317,75 @@ NAMED = {  # what is changed: (how, what the refusal says)
 def test_a_change(name, gate, bodies):
     change, said = NAMED[name]
     assert re.search(said, refusal(gate, *change(bodies)))
+
+
+@pytest.mark.parametrize(
+    "time", ["P22D", "P21DT1S", "PT505H", "PT9999999S", "PT0S", "P0D", "P", "P1DT",
+             "-P1D", "P1M", "P\u0661D", "P1D\n", "P" + "9" * 5000 + "D"],
+)  # fmt: skip
+def test_a_time_limit_is_more_than_nothing_and_at_most_21_days(time, gate, bodies):
+    made = graph(lambda p: p["jobs"][A]["limits"].update(timeout=time))(bodies)
+    assert re.search("timeout", refusal(gate, *made))
+
+
+@pytest.mark.parametrize("time", ["P21D", "PT504H", "P20DT23H60M", "PT1S", "P1DT12H"])
+def test_a_time_limit_may_be_another(time, gate, bodies):
+    made = graph(lambda p: p["jobs"][A]["limits"].update(timeout=time))(bodies)
+    assert not refusal(gate, *made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.replace(b'"computeId": ', b'"computeId": "/x", "computeId": ', 1),
+        lambda t: t.replace(b'"uri": ', b'"uri": "x", "ur\\u0069": ', 1),
+        lambda t: t.replace(b'"jobs": ', b'"Jobs": {}, "jobs": ', 1),
+        lambda t: b"\xef\xbb\xbf" + t,
+        lambda t: t.decode().encode("utf-16"),
+        lambda t: t + b"{}",
+        lambda t: b"[" * 100_000,
+        lambda t: iter([t]),
+    ],
+)
+def test_a_body_has_one_meaning(change, gate, bodies):
+    method, path, body = bodies[-1]
+    body = json.dumps(body).encode()
+    gate.check(method, path, body)
+    with pytest.raises(plan.PlanRefused):
+        gate.check(method, path, change(body))
+
+
+ARM = "https://management.azure.com"
+
+
+@pytest.mark.parametrize(
+    "method, start, query",
+    [
+        ("PUT", "https://x.org", "api-version=1"),
+        ("PUT", "http://management.azure.com", "api-version=1"),
+        ("PUT", f"{ARM}:8443", "api-version=1"),
+        ("PUT", f"{ARM}@x.org", "api-version=1"),
+        ("PUT", ARM, "api-version=1&patient=4711"),
+        ("GET", ARM, "api-version=1"),  # with a body
+    ],
+)
+def test_the_plan_is_sent_to_azure_only(
+    method, start, query, gate, bodies, monkeypatch
+):
+    went, answer = [], requests.Response()
+    answer.status_code = 503
+    monkeypatch.setattr(
+        *(requests.adapters.HTTPAdapter, "send"),
+        lambda self, request, **_: went.append(request) or answer,
+    )
+    _, path, body = bodies[-1]
+    body = json.dumps(body).encode()
+    legal = requests.Request("PUT", f"{ARM}{path}?api-version=1", data=body).prepare()
+    assert gate.send(legal) is answer and went.pop() is legal  # a control
+    url = f"{start}{path}?{query}"
+    with pytest.raises(plan.PlanRefused):
+        gate.send(requests.Request(method, url, data=body).prepare())
+    assert not went
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,12 @@ from fl_helpers.cross_silo.run import Run, to_plain
 
 HERE = Path(__file__).resolve().parent
 JOBS, PACKAGE = HERE / "jobs", HERE.parents[1]
-IMAGE = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:20260715.v1"
+# What Azure ML took for `latest` on 25 September 2026, by the record of a build in
+# github.com/nathernandez1189/reservaiq-azure-ml, azure/environment-lock.json.
+IMAGE = (
+    "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04@sha256:"
+    "7481fbfbbc1c7d7ab0e9e4633180c809413bd77e108b605d6e4d3a60aa35bf67"
+)
 MLFLOW = ["azureml-mlflow==1.62.0.post6", "mlflow-skinny==3.15.0"]  # not in a silo
 CHANNELS = ("conda-forge", "nodefaults")
 INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -77,11 +82,12 @@ def environments(federation: Federation) -> dict[str, Any]:
         return dict.fromkeys(start.SCRIPTS, one)
     conda = yaml.safe_load((JOBS / "conda.yaml").read_text(encoding="utf-8"))
     check_packages(conda)
+    image = federation.azure_ml.base_image or IMAGE
     *first, last = conda["dependencies"]
     tracked = conda | {"dependencies": [*first, {"pip": [*last["pip"], *MLFLOW]}]}
     return {
-        "silo": {"image": IMAGE, "conda": conda},
-        "orchestrator": {"image": IMAGE, "conda": tracked},
+        "silo": {"image": image, "conda": conda},
+        "orchestrator": {"image": image, "conda": tracked},
     }
 
 

@@ -22,27 +22,32 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse
 
 from fl_helpers.cross_silo.azure_ml.pipeline import check_plan
-from fl_helpers.cross_silo.azure_ml.plan import (
-    Flow,
-    Job,
-    Plan,
-    PlanRefused,
-    Violation,
-)
+from fl_helpers.cross_silo.azure_ml.plan import Flow, Job, Plan, PlanRefused, Violation
 from fl_helpers.cross_silo.azure_ml.sdk import TYPES, properties
 from fl_helpers.cross_silo.azure_ml.snapshot import environments
 from fl_helpers.cross_silo.federation import Federation
 
 MODES = {"ro_mount": "ReadOnlyMount", "rw_mount": "ReadWriteMount", "upload": "Upload"}
-FREE = [  # where a value may differ, and what it may be: nothing more leaves by it
-    (r"limits\.timeout", r"P(\d|1\d|2[01])D|P(0D)?T\d{1,3}H|PT\d{1,5}M|PT\d{1,7}S"),
-    (r"resources\.shm_size", r"[1-9]\d{0,4}[bkmgBKMG]"),
-    (r"resources\.instance_count", "1"),
-]
+FREE = {  # where a value may differ, and what it may be: nothing more leaves by it
+    "limits.timeout": (
+        r"P(?=.)((\d{1,9})D)?(T(?=.)((\d{1,9})H)?((\d{1,9})M)?((\d{1,9})S)?)?"
+    ),
+    "resources.shm_size": r"[1-9]\d{0,4}[bkmgBKMG]",
+    "resources.instance_count": "1",
+}
+LONGEST = 21 * 86_400  # seconds of a job, by Azure ML
 EMPTY = (None, {}, [], "")  # as good as a key that is not there
 CREATES = re.compile(r"/(jobs|components|codes|schedules|batchEndpoints)/[^/]+(/|$)")
+HOST = re.compile(  # of Azure: public, in China, of the US government
+    r"https://management\.(azure\.com|chinacloudapi\.cn|usgovcloudapi\.net)/"
+)
 SHA256 = re.compile(r"[0-9a-f]{64}")
-VERSION = re.compile(r"1|[0-9a-f-]{36}|[0-9a-f]{64}")  # as the SDK makes them up
+GUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+PARTS = re.compile(  # all that may be created, with names as the SDK makes them up
+    rf"PUT jobs/[^/]+|POST codes/{GUID}/versions/1/startPendingUpload|"
+    rf"PUT (codes/{GUID}/versions/1|components/azureml_anonymous/versions/{GUID}|"
+    r"environments/CliV2AnonymousEnvironment/versions/[0-9a-f]{64})"
+)
 
 
 def check_job(job: Any, plan: Plan) -> None:
@@ -106,6 +111,13 @@ class Gate(HTTPAdapter):
         path, query = unquote(url.path), url.query.lower()
         if request.method == "GET" and path.endswith("/versions") and "hash=" in query:
             return self._answer(request, query)
+        if self.plan and request.method not in ("GET", "HEAD"):
+            known = HOST.match(str(request.url))
+            if not known or not re.fullmatch(r"api-version=[\w.-]+", query):
+                where = request.method, "its address", request.url
+                raise PlanRefused(
+                    [Violation(*where, "Azure, for a version of its API")]
+                )
         self.check(request.method, path, request.body)
         answer = super().send(request, *args, **more)
         if request.method not in ("GET", "HEAD") and answer.ok and self.plan:
@@ -114,47 +126,43 @@ class Gate(HTTPAdapter):
 
     def check(self, method: str, path: str, body: Any) -> None:
         """Raise PlanRefused for a request that does not belong to the plan."""
-        if method in ("GET", "HEAD"):
+        if method in ("GET", "HEAD") and not body:
             return
         if self.plan is None:
             if method != "POST" and CREATES.search(path):
-                self._refuse(
-                    [Violation(method, path, "sent", "workspace.submit sends")]
-                )
+                why = Violation(method, path, "sent", "workspace.submit sends")
+                raise PlanRefused([why])
             return
         below = _below(path, self.federation)
-        try:
-            content = json.loads(body or b"null")
-        except ValueError:
-            content = None
-        wrong = [Violation(method, path, "sent without a body", "with one")]
+        content = _read(body)
+        wrong = [Violation(method, path, "without a body of one meaning", "with one")]
         if type(content) is dict and type(content.get("properties", {})) is dict:
             wrong = list(self._check(method, below, path, content, self.plan))
+        made = None if wrong else self._name_of(below.split("/")[0], content)
+        # What is at an address stays: what was compared may name it already.
+        if made and self.known.get(path.lower(), made) != made:
+            wrong = [Violation(method, path, made, self.known[path.lower()])]
         if wrong:
-            self._refuse(wrong)
+            raise PlanRefused(dict.fromkeys(wrong))
 
     def _check(
         self, method: str, below: str, path: str, body: Any, plan: Plan
     ) -> Iterator[Violation]:
         kind, *rest = below.split("/")
-        step = method, kind, len(rest)
-        if len(rest) > 2 and not VERSION.fullmatch(rest[2]):
-            step = ()
-        if step == ("POST", "codes", 4) and rest[3] == "startPendingUpload":
+        if not PARTS.fullmatch(f"{method} {below}"):
+            yield Violation(method, path, "sent", "nothing more than its parts")
+        elif method == "POST":
             upload = {"pendingUploadType": "TemporaryBlobReference"}
             yield from _differ(body, upload, "the code")
-        elif step == ("PUT", "codes", 3):
+        elif kind == "codes":
             where = self.uploads.get(path.lower(), "where it was uploaded")
             yield from _check_code(body, where)
-        elif step == ("PUT", "environments", 3):
-            yield from _check_environment(body, rest, plan)
-        elif step == ("PUT", "components", 3) and rest[0] == "azureml_anonymous":
+        elif kind == "environments":
+            yield from _check_environment(body, plan)
+        elif kind == "components":
             yield from self._check_component(body, plan)
-        elif step == ("PUT", "jobs", 1):
-            properties = self._translated(body)
-            yield from _check_graph(properties, rest[0], plan)
         else:
-            yield Violation(method, path, "sent", "nothing more than its parts")
+            yield from _check_graph(self._translated(body), rest[0], plan)
 
     def _check_component(self, body: Any, plan: Plan) -> Iterator[Violation]:
         found = _at(body, "properties", "componentSpec")
@@ -194,7 +202,8 @@ class Gate(HTTPAdapter):
 
     def _made(self, address: str) -> str | None:
         """What went through here to an address; None if nothing did."""
-        return self.known.get(address.removeprefix("azureml:").lower())
+        address = address.removeprefix("azureml:")
+        return self.known.get(address.lower()) if address.isascii() else None
 
     def _ours(self, address: str, kind: str) -> str:
         """The name of what is in this workspace; else an address, never a name."""
@@ -204,22 +213,28 @@ class Gate(HTTPAdapter):
 
     def note(self, path: str, body: Any, answer: Any) -> None:
         """Remember what was created, by a request that was checked."""
-        kind, *rest = _below(path, self.federation).split("/")
-        content = json.loads(body or b"null")
-        if kind == "codes" and rest[-1] == "startPendingUpload":
+        kind, content = _below(path, self.federation).split("/")[0], _read(body)
+        if path.endswith("/startPendingUpload"):
             code = path.removesuffix("/startPendingUpload").lower()
             where = answer.get("blobReferenceForConsumption") or {}
             self.uploads[code] = str(where.get("blobUri"))
-        elif kind == "codes":
-            found = content["properties"]
+        elif made := self._name_of(kind, content):
+            self.known[path.lower()] = made
+            if kind == "codes":
+                self.codes[content["properties"]["properties"]["hash_sha256"]] = answer
+
+    def _name_of(self, kind: str, content: Any) -> str | None:
+        """Our name of what a request creates that was checked; None for others."""
+        found = content.get("properties") or {}
+        if kind == "codes" and found:
             part = found["codeUri"].rpartition("/")[2]
-            self.known[path.lower()] = f"code {part} {self.plan.codes[part]}"
-            self.codes[found["properties"]["hash_sha256"]] = answer
-        elif kind == "environments":
-            self.known[path.lower()] = _environment(content["properties"])
-        elif kind == "components":
-            name = content["properties"]["componentSpec"]["name"]
-            self.known[path.lower()] = _component(self.plan, name.removeprefix("fl_"))
+            return f"code {part} {self.plan.codes[part]}"
+        if kind == "environments":
+            return _environment(found)
+        if kind == "components":
+            name = found["componentSpec"]["name"].removeprefix("fl_")
+            return _component(self.plan, name)
+        return None
 
     def _answer(
         self, request: requests.PreparedRequest, query: str
@@ -231,9 +246,6 @@ class Gate(HTTPAdapter):
         about = {"Content-Type": kind, "Content-Length": str(len(body))}
         raw = HTTPResponse(BytesIO(body), about, 200, preload_content=False)
         return self.build_response(request, raw)
-
-    def _refuse(self, wrong: list[Violation]) -> None:
-        raise PlanRefused(dict.fromkeys(wrong))
 
 
 # ---- the legal bodies
@@ -331,7 +343,12 @@ def _environment(found: Any) -> str:
     if isinstance(found, str):
         return found
     conda = found.get("conda") or found.get("conda_file") or found.get("condaFile")
-    conda = yaml.safe_load(conda) if isinstance(conda, str) else conda
+    if isinstance(conda, str):
+        text, conda = conda, yaml.safe_load(conda)
+        if sorted(text.split()) != sorted(yaml.safe_dump(conda).split()):
+            raise ValueError(
+                "more than it means: a comment, or a key that is twice there"
+            )
     return json.dumps([found.get("image"), conda], sort_keys=True)
 
 
@@ -363,8 +380,10 @@ def _check_graph(found: Any, name: str, plan: Plan) -> Iterator[Violation]:
         yield Violation("the run", "its name", name, plan.name)
     legal = _graph(plan)
     jobs = _at(found, "jobs")
-    for key in sorted(legal["jobs"].keys() | set(jobs if type(jobs) is dict else ())):
-        yield from _differ(_at(jobs, key), legal["jobs"].get(key), key)
+    jobs = jobs if type(jobs) is dict else {}
+    for key in sorted(legal["jobs"].keys() | jobs.keys()):
+        node = "null" if jobs.get(key, "") is None else jobs.get(key)
+        yield from _differ(node, legal["jobs"].get(key), key)
     rest = {k: v for k, v in legal.items() if k != "jobs"}
     others = {k: v for k, v in found.items() if k != "jobs"} if jobs else found
     yield from _differ(others, rest, "the run")
@@ -384,11 +403,9 @@ def _check_code(body: Any, where: str) -> Iterator[Violation]:
         yield Violation("the code", "its hash", digest, "a SHA-256")
 
 
-def _check_environment(body: Any, rest: list[str], plan: Plan) -> Iterator[Violation]:
+def _check_environment(body: Any, plan: Plan) -> Iterator[Violation]:
     legal = [_environment(found) for found in environments(plan.federation).values()]
     found = body.get("properties") or {}
-    if rest[0] != "CliV2AnonymousEnvironment":
-        yield Violation("the environment", "its name", rest[0], "none: it is not kept")
     about = {"isAnonymous": True, "isArchived": False}
     others = {k: v for k, v in found.items() if k not in ("condaFile", "image")}
     others = {**body, "properties": others}
@@ -414,7 +431,8 @@ def _below(address: str, federation: Federation, kind: str = "") -> str:
     start = f"/subscriptions/{space.subscription_id}/resourceGroups/"
     start += f"{space.resource_group}/providers/Microsoft.MachineLearningServices/"
     start += f"workspaces/{space.name}/" + (f"{kind}/" if kind else "")
-    known = address.lower().startswith(start.lower())
+    # A letter such as the Kelvin sign has an ASCII one as its lower case.
+    known = address.isascii() and address.lower().startswith(start.lower())
     return address[len(start) :] if known else address
 
 
@@ -434,14 +452,36 @@ def _differ(found: Any, legal: Any, job: str, where: str = "") -> Iterator[Viola
     if isinstance(legal, dict) and not any(v not in EMPTY for v in legal.values()):
         legal = None  # resources without any
     same = type(found) is type(legal) and found == legal
-    free = any(
-        re.fullmatch(place, where)
-        and type(found) in (str, int)
-        and re.fullmatch(value, str(found))
-        for place, value in FREE
-    )
-    if not (same or free or (found in EMPTY and legal in EMPTY)):
+    if not (same or _is_free(where, found) or (found in EMPTY and legal in EMPTY)):
         yield Violation(job, where or "it", _short(found), _short(legal))
+
+
+def _is_free(where: str, value: Any) -> bool:
+    """Whether it may be there, whatever the plan says."""
+    if where not in FREE or type(value) not in (str, int):
+        return False
+    found = re.fullmatch(FREE[where], str(value), re.ASCII)
+    if not found or where != "limits.timeout":
+        return bool(found)
+    numbers, sizes = found.group(2, 5, 7, 9), (86_400, 3_600, 60, 1)
+    seconds = sum(int(n or 0) * size for n, size in zip(numbers, sizes, strict=True))
+    return 0 < seconds <= LONGEST
+
+
+def _read(body: Any) -> Any:
+    """JSON that every reader takes for the same: UTF-8, and no key twice, not even in
+    another case, which .NET takes for the same; None for anything else."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key.lower() for key, _ in found}) < len(found):
+            raise ValueError("a key that is there twice")
+        return dict(found)
+
+    try:
+        text = body if isinstance(body, str) else bytes(body or b"").decode("utf-8")
+        return json.loads(text, object_pairs_hook=pairs)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _short(value: Any) -> str:
