@@ -74,8 +74,8 @@ def subtracts(folder: Path, before: str, now: str) -> tuple[str, str] | None:
     if not (before.startswith(COHORT) and now.startswith(COHORT)):
         how = "this very update was", "give this run another seed"
         return how if before == now else None
-    pair = [read_cohort(folder, name) for name in (before, now)]
-    known = None not in pair and pair[0].data == pair[1].data
-    if known and not (pair[0].rows & pair[1].rows).any():
-        return None
+    one, other = (read_cohort(folder, name) for name in (before, now))
+    if one and other and one.data == other.data and one.rows.shape == other.rows.shape:
+        if not (one.rows & other.rows).any():
+            return None
     return "patients of this cohort were", "ask the same silos as before"

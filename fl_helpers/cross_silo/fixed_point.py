@@ -232,8 +232,8 @@ def decode_arrays(
     int64 sums are exact. A float64 is the exact sum, rounded once, so it does not
     depend on the order of the silos; each value below 2^-160 adds an error of at most
     2^-213. `analysis.ask_silos` rounds after each silo: of S silos with values v, the
-    two differ by at most S * (2^-53 * sum |v| + 2^-213), if S * 2^-53 is small. Raises
-    ValueError for a sum that cannot be one, and for an int64 that overflows.
+    two differ by at most S * (2^-53 * sum |v| + 2^-212). Raises ValueError for a sum
+    that cannot be one, and for an int64 that overflows.
     """
     values = added.view(np.int64)
     if not 0 < several <= MOST_SILOS or len(values) != words_of(layout):

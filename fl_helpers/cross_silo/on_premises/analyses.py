@@ -351,10 +351,8 @@ class QuestionController(RoundController):
 
 def codes_of(answers: Answers, silos: Collection[str]) -> dict[str, str]:
     """What came from those of the silos that did not answer."""
-    said = {silo: answers.refused.get(silo, "MISSING") for silo in silos}
-    return {
-        k: v.removeprefix(CODE) for k, v in said.items() if k not in answers.updates
-    }
+    lack = sorted({*silos} - answers.updates.keys())
+    return {k: answers.refused.get(k, "MISSING").removeprefix(CODE) for k in lack}
 
 
 # -- at a hospital

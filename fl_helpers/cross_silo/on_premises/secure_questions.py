@@ -1,14 +1,14 @@
-"""Questions of an analysis in secure sums: what is asked, and what a hospital answers.
+"""Questions of an analysis in secure sums: how they are asked and answered.
 
 1. All silos of the run say hello, once, as in a secure run of training.
-2. A question is worked out, and each silo says the form of its answer: names, types and
+2. Each silo works a question out and says the form of its answer: names, types and
    shapes of arrays. Those that answer in one form are the set.
-3. Each adds its masks to the answer, as `fixed_point.encode_arrays` has it. The question
-   and the form go into the masks.
+3. Each adds its masks to the answer, as `fixed_point.encode_arrays` has it; the masks
+   depend on question, form and set.
 4. All of the set open, and the sum can be read.
 
 If one of the set is missing in step 3 or 4, nothing can be read and the question has to
-be asked again. After step 4 began, only the same set can be asked about the patients.
+be asked again. Who has opened an answer lets its patients be in sums of that set only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KIND = "answer"  # of a `secure.Question`
 
 
 def about(question: str, layout: str) -> str:
-    """What goes into the masks: SHA-256 of a question, and of the form of its answer."""
+    """What goes into the masks: SHA-256 of a question and of the form of its answer."""
     return hashlib.sha256(json.dumps([question, layout]).encode()).hexdigest()
 
 

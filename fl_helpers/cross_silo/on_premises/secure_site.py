@@ -42,7 +42,7 @@ def identity_of(kit: Path) -> Identity:
 
 
 def member_of(job: Job, kit: Path) -> Member:
-    """A hospital's side of the sums of a run, which remembers in `secure/` of its kit."""
+    """A hospital's side of the sums of a run, which remembers in `secure/` of a kit."""
     folder, silo = kit / "secure" / job.id, read_site(kit).silo
     return Member(folder, silo, job.id, job.silos.values(), identity_of(kit))
 
