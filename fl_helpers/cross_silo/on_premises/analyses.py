@@ -55,6 +55,7 @@ from fl_helpers.cross_silo.on_premises.site import (
 )
 from fl_helpers.cross_silo.run import SMALLEST_SET
 
+ASK_FEWER = "ask about(silos=...) those that do answer"
 NOT_SECURE = "ask without secure, of silos that answer plain questions"
 PLACE, TASK, END = "analyses", "ask", "end"
 SECURE_TASKS = ("keys", "layout", "answer", "open")
@@ -100,12 +101,21 @@ class QuestionRefused(RunError):
     In secure sums, `codes` is empty if all answered and the sum cannot be read."""
 
     def __init__(
-        self, function: str, codes: Mapping[str, str], quorum: int, reason: str = ""
+        self,
+        function: str,
+        codes: Mapping[str, str],
+        quorum: int,
+        *,
+        reason: str = "",
+        secure: bool = False,
     ) -> None:
-        why = reason or f"was not answered by {dict(codes)}"
+        why = (
+            f"gave no sum: {reason}" if reason else f"was not answered by {dict(codes)}"
+        )
+        how = "ask the same again, of the same silos" if secure else ASK_FEWER
         super().__init__(
-            f"{function} {why}, {quorum} silos are needed; "
-            "ask about(silos=...) those that do answer, or look into the others' logs"
+            f"{function} {why}, {quorum} silos are needed; {how}, or look into the "
+            "logs of those that did not answer"
         )
         self.codes = dict(codes)
 
@@ -182,7 +192,8 @@ class EngineAsk:
         answers = self._read(event, name)
         needed = len(self.silos) if self.asked else self.quorum
         if len(left) < needed:
-            raise QuestionRefused(name, codes, needed, event.get("reason", ""))
+            about = {"reason": event.get("reason", ""), "secure": self.secure}
+            raise QuestionRefused(name, codes, needed, **about)
         self.asked, self.silos = True, tuple(left)
         self.left_out |= codes
         return answers

@@ -271,7 +271,7 @@ def answer(
         CohortLedger(path, minimum=rules.minimum).admit(chosen, about=about)
     with _limited(MEMORY):
         arrays = as_arrays(silo, function(data, **settings))
-    whose = Cohort(chosen, _data_digest(tables))
+    whose = Cohort(chosen, _data_digest(tables)) if sealed else None
     return Sums(arrays, number, question, int(chosen.sum()), whose)
 
 
