@@ -720,6 +720,25 @@ def test_an_answer_that_nobody_opened_binds_nobody(members, authority, tmp_path)
         answered(members, question(round=2), range(20))
 
 
+def test_of_two_runs_that_are_answered_at_once_one_can_be_opened(authority, tmp_path):
+    """Nothing was opened when the second answer was made; the opening decides."""
+    runs = {}
+    for run, silos in (("1" * 32, tuple(NAMES)), ("2" * 32, THREE)):
+        runs[run] = (
+            new_members(authority, tmp_path, run),
+            question(run=run, silos=silos),
+        )
+        introduce(runs[run][0])
+        answered(*runs[run], range(20), opens=False)
+    (four, asked), (three, other) = runs.values()
+    four["Hospital A"].open(asked)
+    with pytest.raises(Denied, match="could be subtracted"):
+        three["Hospital A"].open(other)
+    three["Hospital B"].open(other)  # each of them minds its own patients
+    with pytest.raises(Denied, match="could be subtracted"):
+        four["Hospital B"].open(asked)
+
+
 @pytest.mark.parametrize("harm", ["lost", "damaged", "another"])
 def test_a_cohort_that_cannot_be_read_meets_all_others(members, tmp_path, harm):
     answered(members, question(), range(20))

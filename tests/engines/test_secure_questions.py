@@ -333,6 +333,13 @@ def test_a_question_that_is_over_is_not_opened_or_answered_again(begin):
         message |= {"hellos": server.hellos, "asked": Question(LINEAR, {}).text()}
         reply = server.hospitals[A](task, Shareable(message))
         assert reply.get_return_code() == DENIED
+    text = Question(LINEAR, {"beta": [0.1, 0.0, 0.0]}).text()
+    asked = replace(asked, kind="train", model="0" * 64)  # a log of its own, if taken
+    message = {"question": asked.text(), "round": 1, "asked": text}
+    message = Shareable(message | {"hellos": server.hellos})
+    before = len(server.hospitals[A].ledger())
+    assert server.hospitals[A]("answer", message).get_return_code() == DENIED
+    assert len(server.hospitals[A].ledger()) == before + 1  # it was not worked out
     for change in ({"kind": "train"}, {"run": "0" * 32}, {"round": 9}):
         asked = replace(server.sum.asked, **change)
         message = Shareable({"question": asked.text(), "round": 2})
