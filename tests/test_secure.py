@@ -18,12 +18,15 @@ from scipy import stats
 
 from fl_helpers.aggregation import FedAdam, weighted_average
 from fl_helpers.cross_silo import secure
+from fl_helpers.cross_silo.cohorts import Cohort, subtracts
 from fl_helpers.cross_silo.fixed_point import (
     FRACTION_BITS,
     Plain,
     SecureAverage,
     decode,
+    decode_arrays,
     encode,
+    encode_arrays,
 )
 from fl_helpers.cross_silo.secure import Denied, Identity, Member, Question, Sum
 from fl_helpers.training import Update
@@ -631,3 +634,134 @@ def test_the_simulated_secure_run_resumes_to_the_same_bits(make):
     assert not math.isnan(straight.params["w"].sum())
     with pytest.raises(ValueError, match="sent two updates"):
         straight([update("a", start), update("a", start)])
+
+
+# -- answers of analyses: whose patients were in which sums
+
+
+def cohort(rows, of=40, data="d"):
+    chosen = np.zeros(of, dtype=bool)
+    chosen[list(rows)] = True
+    return Cohort(chosen, data)
+
+
+def question(**more):
+    return ask(**{"kind": "answer", "model": "q", "total": 1} | more)
+
+
+def answered(members, asked, rows, *, opens=True, **about):
+    """The sum of answers about these rows, or the first refusal."""
+    added = Sum(asked)
+    for silo in asked.silos:
+        kept = cohort(rows, **about).keep(members[silo].folder.parent)
+        words = encode_arrays(silo, {"n": np.array([10 ** NAMES.index(silo)])})
+        made = Plain(np.empty(0, np.uint32), words, kept)
+        added.add(silo, members[silo].answer(asked, made))
+    if not opens:
+        return None
+    for silo in asked.silos:
+        added.opened[silo] = members[silo].open(asked)
+    layout = {"n": torch.empty(1, dtype=torch.int64, device="meta")}
+    numbers = added.read().numbers
+    return int(decode_arrays(numbers, layout, several=len(asked.silos))["n"][0])
+
+
+THREE = tuple(NAMES[:3])
+
+
+def test_women_men_and_all_do_not_give_away_who_was_left_out(members):
+    """111 of the women and 111 of the men of A, B and C, and 1111 of all at all four:
+    without the rule, 1111 * 2 - 222 would be twice what D alone has answered."""
+    assert answered(members, question(silos=THREE), range(0, 20)) == 111
+    assert answered(members, question(round=1, silos=THREE), range(20, 40)) == 111
+    with pytest.raises(Denied, match="patients of this cohort .* the same silos as"):
+        answered(members, question(round=2), range(40))
+    # Others of its patients, or the same set: that can be asked.
+    assert answered(members, question(round=3, silos=THREE), range(40)) == 111
+
+
+def test_patients_that_were_in_no_sum_may_be_in_that_of_another_set(members):
+    assert answered(members, question(), range(0, 20)) == 1111
+    assert answered(members, question(round=1, silos=THREE), range(20, 40)) == 111
+
+
+@pytest.mark.parametrize("more", [{"data": "of next year"}, {"of": 41}])
+def test_in_other_data_nobody_knows_who_is_who(members, more):
+    assert answered(members, question(), range(0, 20)) == 1111
+    with pytest.raises(Denied, match="could be subtracted"):
+        answered(members, question(round=1, silos=THREE), range(20, 40), **more)
+    assert answered(members, question(round=2), range(20, 40), **more) == 1111
+
+
+def test_another_question_in_another_run_about_the_same_patients_is_denied(
+    authority, tmp_path
+):
+    members = new_members(authority, tmp_path, "1" * 32)
+    introduce(members)
+    answered(members, question(run="1" * 32), range(20))
+    later = new_members(authority, tmp_path, "2" * 32)
+    introduce(later)
+    other = question(run="2" * 32, model="other settings", silos=THREE)
+    for rows in (range(20), range(19, 40)):  # one patient in common is enough
+        with pytest.raises(Denied, match=f"Hospital D'.* in run {'1' * 32}"):
+            answered(later, other, rows)
+    assert answered(later, replace(other, silos=tuple(NAMES)), range(20)) == 1111
+
+
+def test_an_answer_that_nobody_opened_binds_nobody(members, authority, tmp_path):
+    answered(members, question(), range(20), opens=False)
+    assert answered(members, question(round=1, silos=THREE), range(20)) == 111
+    with pytest.raises(Denied, match="round 0 is over"):
+        members["Hospital A"].open(question())
+    # And after it was opened, a kill changes nothing; even of one that opened alone.
+    members = new_members(authority, tmp_path)
+    members["Hospital D"].open(question())
+    with pytest.raises(Denied, match="could be subtracted"):
+        answered(members, question(round=2), range(20))
+
+
+def test_of_two_runs_that_are_answered_at_once_one_can_be_opened(authority, tmp_path):
+    """Nothing was opened when the second answer was made; the opening decides."""
+    runs = {}
+    for run, silos in (("1" * 32, tuple(NAMES)), ("2" * 32, THREE)):
+        runs[run] = (
+            new_members(authority, tmp_path, run),
+            question(run=run, silos=silos),
+        )
+        introduce(runs[run][0])
+        answered(*runs[run], range(20), opens=False)
+    (four, asked), (three, other) = runs.values()
+    four["Hospital A"].open(asked)
+    with pytest.raises(Denied, match="could be subtracted"):
+        three["Hospital A"].open(other)
+    three["Hospital B"].open(other)  # each of them minds its own patients
+    with pytest.raises(Denied, match="could be subtracted"):
+        four["Hospital B"].open(asked)
+
+
+@pytest.mark.parametrize("harm", ["lost", "damaged", "another"])
+def test_a_cohort_that_cannot_be_read_meets_all_others(members, tmp_path, harm):
+    answered(members, question(), range(20))
+    folder = members["Hospital A"].folder.parent
+    (path,) = (folder / "cohorts").iterdir()
+    if harm == "lost":
+        path.unlink()
+    else:
+        other = cohort(range(30, 40)).text()
+        path.write_text(other if harm == "another" else path.read_text()[:-9])
+    with pytest.raises(Denied, match="patients of this cohort were in the sum of"):
+        answered(members, question(round=1, silos=THREE), range(20, 40))
+
+
+@given(a=st.sets(st.integers(0, 15)), b=st.sets(st.integers(0, 15)))
+@settings(max_examples=60)
+def test_cohorts_have_patients_in_common_or_not(tmp_path, a, b):
+    names = [cohort(rows, of=16).keep(tmp_path) for rows in (a, b)]
+    assert bool(subtracts(tmp_path, *names)) == bool(a & b)
+    assert (names[0] == names[1]) == (a == b)
+
+
+def test_updates_are_compared_as_such(tmp_path):
+    name = cohort(range(3)).keep(tmp_path)
+    assert subtracts(tmp_path, "ab", "ab")[1] == "give this run another seed"
+    assert not subtracts(tmp_path, "ab", "cd") and not subtracts(tmp_path, "ab", name)

@@ -1,9 +1,10 @@
-"""Updates as integers that can be masked and added, and read again as their average.
+"""Numbers as integers that can be masked and added: updates, and answers of analyses.
 
-A value is the change to the model that a round began with, times the silo's share of
-all examples, in steps of 2^-22, modulo 2^32. So the weight of a silo is inside, the
-sum of integers has the same bits in any order, and `SecureAverage` is a secure run in
-a simulation.
+An update is read again as its average. A value is the change to the model that a round
+began with, times the silo's share of all examples, in steps of 2^-22, modulo 2^32. So
+the weight of a silo is inside, the sum of integers has the same bits in any order, and
+`SecureAverage` is a secure run in a simulation. An answer is read again as the sum of
+the answers, see `decode_arrays`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ FRACTION_BITS = 22  # of the 32 of a value: steps of 2.4e-7, changes below 256
 WHOLE_BITS = 8  # of an entry of whole numbers: its changes below 4 million
 NUMBER_BITS = 32  # of the 64 of a metric, which must be below a million
 ALL = "all silos"  # whose update the sum is
+PART_BITS = 53  # of a float64 that one of its words carries
+PARTS = {torch.float64: 8, torch.int64: 2}  # words of a number in an answer
+LOWEST = 212  # such a word counts steps of 2^-212, or a power of 2^53 times that
+MOST_SILOS = 2 ** (63 - PART_BITS) - 1  # whose words add up below 2^63
 
 
 class Plain(NamedTuple):
@@ -164,6 +169,101 @@ def decode(
 
 def _bits(value: Tensor) -> int:
     return FRACTION_BITS if value.is_floating_point() else WHOLE_BITS
+
+
+# -- answers of analyses
+
+
+def words_of(layout: Mapping[str, Tensor]) -> int:
+    """Words of 8 bytes that an answer needs. layout: its arrays, without content."""
+    return 1 + sum(value.numel() * PARTS[value.dtype] for value in layout.values())
+
+
+def encode_arrays(silo: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """An answer as uint64 words, modulo 2^64, whose sums `decode_arrays` reads.
+
+    arrays: float64 or int64; not modified. First the number 1, by which the masks are
+    seen to have cancelled; then each array in the order of names, as one piece for each
+    of its `PARTS`. A float64 is cut exactly where its bits are worth 2^-212 or more,
+    which are all of them from 2^-160 on; what is below is rounded.
+
+    Raises ValueError, naming silo and array, for other types, and values of 2^212 or
+    more, NaN and infinite ones.
+    """
+    words = [np.ones(1, np.int64)]
+    for name in sorted(arrays):
+        value = np.asarray(arrays[name]).ravel()
+        if value.dtype == np.int64:
+            words += [value & (2**32 - 1), value >> 32]
+        elif value.dtype == np.float64:
+            words += _cut(silo, name, value)
+        else:
+            raise ValueError(
+                f"silo {silo!r} has {name!r} as {value.dtype}, not float64"
+            )
+    return np.concatenate(words).view(np.uint64)
+
+
+def _cut(silo: str, name: str, value: np.ndarray) -> list[np.ndarray]:
+    """What float64 [values] are made of, as int64 up to 2^53, the lowest bits first."""
+    if value.size and not np.abs(value).max() < 2.0**LOWEST:
+        raise ValueError(
+            f"silo {silo!r} has {name!r} up to {np.abs(value).max():.3g}; in a secure "
+            f"sum values must be finite and below 2^{LOWEST}: scale the columns"
+        )
+    parts, rest = [], value
+    for part in range(PARTS[torch.float64] - 1, 0, -1):
+        power = PART_BITS * part - LOWEST
+        whole = np.trunc(np.ldexp(rest, -power))
+        rest = rest - np.ldexp(whole, power)  # exact: the lower bits of the same number
+        parts.append(whole.astype(np.int64))
+    parts.append(np.rint(np.ldexp(rest, LOWEST)).astype(np.int64))
+    return parts[::-1]
+
+
+def decode_arrays(
+    added: np.ndarray, layout: Mapping[str, Tensor], *, several: int
+) -> dict[str, np.ndarray]:
+    """The sums behind words that were added, by name.
+
+    added: uint64 [words_of(layout)], without masks; not modified. layout: the arrays,
+    without content. several: how many silos were added, at most `MOST_SILOS`.
+
+    int64 sums are exact. A float64 is the exact sum, rounded once, so it does not
+    depend on the order of the silos; each value below 2^-160 adds an error of at most
+    2^-213. `analysis.ask_silos` rounds after each silo: of S silos with values v, the
+    two differ by at most S * (2^-53 * sum |v| + 2^-212). Raises ValueError for a sum
+    that cannot be one, and for an int64 that overflows.
+    """
+    values = added.view(np.int64)
+    if not 0 < several <= MOST_SILOS or len(values) != words_of(layout):
+        raise ValueError(
+            f"{len(values)} words of {several} silos, at most {MOST_SILOS}"
+        )
+    if values[0] != several:
+        raise ValueError(
+            f"the masks of {several} silos did not cancel: one was told something "
+            "else, or did not keep to it"
+        )
+    found, start = {}, 1
+    for name in sorted(layout):
+        kind, size = layout[name].dtype, layout[name].numel()
+        parts = values[start : start + size * PARTS[kind]].reshape(PARTS[kind], size)
+        start += parts.size
+        added_up = _put_together(name, kind, parts.astype(object))
+        found[name] = added_up.reshape(tuple(layout[name].shape))
+    return {name: found[name] for name in layout}
+
+
+def _put_together(name: str, kind: torch.dtype, parts: np.ndarray) -> np.ndarray:
+    """The numbers [values] of which parts [PARTS, values] are, as Python's integers."""
+    bits = 32 if kind == torch.int64 else PART_BITS
+    whole = [sum(int(p) << (bits * k) for k, p in enumerate(n)) for n in parts.T]
+    if kind == torch.float64:  # Python rounds a quotient of integers once, correctly
+        return np.array([number / 2**LOWEST for number in whole], np.float64)
+    if any(not -(2**63) <= number < 2**63 for number in whole):
+        raise ValueError(f"the sum of {name!r} is beyond the range of int64")
+    return np.array(whole, np.int64)
 
 
 class SecureAverage:

@@ -1,5 +1,6 @@
-"""Secure sums in a real run: the orchestrator learns the sum of the silos' updates, and
-no silo's own. The whole protocol, without an engine; `docs/security.md` draws it.
+"""Secure sums in a real run: the orchestrator learns the sum of the silos' updates, or
+answers in an analysis, and no silo's own. The whole protocol, without an engine;
+`docs/security.md` draws it.
 
 1. *Hello.* For each run a silo makes an X25519 key and signs it with its certificate,
    together with the run's id, the hash of the code and the participants. All others
@@ -14,7 +15,7 @@ no silo's own. The whole protocol, without an engine; `docs/security.md` draws i
 
 All that a question says goes into the masks: silos that were told different things
 (another set, model, total) give answers that do not cancel. What a silo has answered
-and opened is in its folder, on the disk before it is sent, and survives a kill.
+and opened is in its folder, on the disk before it is sent.
 
 Not covered: an orchestrator together with all silos of a set but one; what the sum
 itself says, of the difference between rounds too; a silo that lies about its update
@@ -43,6 +44,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, x25519
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fl_helpers.cross_silo.cohorts import subtracts
 from fl_helpers.cross_silo.fixed_point import Plain
 from fl_helpers.cross_silo.run import SMALLEST_SET
 
@@ -66,9 +68,10 @@ class Denied(ValueError):
 class Question:
     """What the silos of a sum are asked; who was told otherwise adds other masks.
 
-    run: the id of the run. kind: "examples" (how many each has, once), "train" or
-    "evaluate". silos: the set, in order of names. model: SHA-256 of the model that was
-    sent. total: examples of all participants, which weights are shares of.
+    run: the id of the run. kind: "examples" (how many each has, once), "train",
+    "evaluate", or "answer" in an analysis. silos: the set, in order of names. model:
+    SHA-256 of the model that was sent, or of what is asked and the form of its answer.
+    total: examples of all participants, which weights are shares of.
     """
 
     run: str
@@ -95,7 +98,7 @@ class Question:
             raise Denied(
                 "this is no question: a field has another type, or is negative"
             )
-        if asked.kind not in ("examples", "train", "evaluate"):
+        if asked.kind not in ("examples", "train", "evaluate", "answer"):
             raise Denied(f"there is no kind {asked.kind!r} of questions")
         return asked
 
@@ -284,9 +287,7 @@ class Member:
             for name, content in hellos.items()
         }
         if keys[self.silo] != self.key.public_key().public_bytes_raw().hex():
-            raise Denied(
-                f"somebody poses as {self.silo!r}, with a key that is not ours"
-            )
+            raise Denied(f"somebody poses as {self.silo!r}, with a key not ours")
         path = self.folder / HELLO
         known = json.loads(path.read_text()) if path.exists() else keys
         if changed := sorted(name for name in keys if keys[name] != known[name]):
@@ -306,9 +307,7 @@ class Member:
         """Raises Denied for what must not be answered, before anything is looked at."""
         others = set(asked.silos) - set(self.participants)
         if asked.run != self.said["run"] or others or self.silo not in asked.silos:
-            raise Denied(
-                f"this is for {asked.silos} of run {asked.run!r}, not for here"
-            )
+            raise Denied(f"this is for {asked.silos} of {asked.run!r}, not for here")
         if len(asked.silos) < SMALLEST_SET or [*asked.silos] != sorted({*asked.silos}):
             raise Denied(
                 f"a sum of {len(asked.silos)} silos is refused, the smallest is "
@@ -320,7 +319,7 @@ class Member:
         for line in (line for line in log if line["round"] == asked.round):
             known, what = Question(**_fields(line)), f"round {asked.round}"
             if (known.model, known.total) != (asked.model, asked.total):
-                raise Denied(f"{what} was answered for another model; nothing leaves")
+                raise Denied(f"{what} was answered for another model or question")
             if line["opened"] and asked != known:
                 raise Denied(
                     f"{what} was opened for {list(known.silos)}; its update under "
@@ -372,8 +371,9 @@ class Member:
         update = answered[-1]["update"]
         self._check_update(asked, update)
         if not answered[-1]["opened"]:
-            opened = {"run": asked.run, "update": update, "silos": asked.silos}
-            _append(self.folder.parent / OPENED, opened)
+            path, silos = self.folder.parent / OPENED, [*asked.silos]
+            if [update, silos] not in ([n["update"], n["silos"]] for n in _lines(path)):
+                _append(path, {"run": asked.run, "update": update, "silos": silos})
             _append(self.folder / ANSWERED, answered[-1] | {"opened": True})
         return self._own_mask(asked)
 
@@ -387,13 +387,14 @@ class Member:
             yield
 
     def _check_update(self, asked: Question, update: str) -> None:
-        """Two sums of the very same update, in two runs, differ by who is missing."""
-        for line in _lines(self.folder.parent / OPENED) if update else ():
-            if line["update"] == update and line["silos"] != [*asked.silos]:
+        """Two sums of the very same update, or patients, differ by who is missing."""
+        folder, silos = self.folder.parent, [*asked.silos]
+        for line in _lines(folder / OPENED) if update else ():
+            other = line["silos"] != silos
+            if other and (why := subtracts(folder, line["update"], update)):
                 raise Denied(
-                    f"this very update was in the sum of {line['silos']} in run "
-                    f"{line['run']}; in one of {list(asked.silos)} it could be "
-                    "subtracted: give this run another seed"
+                    f"{why[0]} in the sum of {line['silos']} in run {line['run']}; in "
+                    f"one of {silos} it could be subtracted: {why[1]}"
                 )
 
     def _answered(

@@ -12,6 +12,7 @@ from fl_helpers import federated_statistics as statistics
 from fl_helpers import regression, survival, trees, validation
 from fl_helpers.analysis import ask_silos
 from fl_helpers.cross_silo.federation import read_federation
+from fl_helpers.cross_silo.fixed_point import encode_arrays
 from fl_helpers.cross_silo.hospital_tables import PATIENTS, RANGES, load_tables
 from fl_helpers.cross_silo.on_premises import provision, questions
 from fl_helpers.cross_silo.on_premises.analyses import QuestionRefused
@@ -20,7 +21,7 @@ from fl_helpers.cross_silo.on_premises.questions import Question
 from fl_helpers.data import load_heart_disease
 
 from . import hospital
-from .conftest import SILOS_YAML
+from .conftest import SILOS_YAML, telling_bytes
 
 pytestmark = pytest.mark.engines
 CLEVELAND, HUNGARY, LONG_BEACH = SILOS = ("Cleveland", "Hungary", "VA Long Beach")
@@ -286,3 +287,49 @@ def test_an_analysis_ends_with_its_block_and_can_be_started_again(fleet, engine)
     found = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert found == ["start", "answered", "done"] * 2
     shutil.rmtree(events.parent)
+
+
+def test_in_secure_sums_a_fit_is_the_same_and_no_single_answer_is_seen(fleet, local):
+    """The last test: it leaves what was opened in the kits."""
+    before = {silo: len(fleet.ledger(silo)) for silo in SILOS}
+    fleet.allow_questions(TABLES, secure=True)
+    try:
+        with fleet.ask("plain", quorum=1) as ask:
+            with pytest.raises(QuestionRefused) as error:
+                ask(validation.silo_ranking)
+            assert error.value.codes == dict.fromkeys(SILOS, "QUESTION_DENIED")
+        with fleet.ask("sums", secure=True) as ask:
+            with pytest.raises(ValueError, match="no answers of single silos"):
+                ask.each(validation.silo_ranking)
+            fit = regression.fit_logistic(ask, WIDTH)
+            beta = fit.beta.tolist()
+            ask(regression.silo_logistic, beta=beta)
+    finally:
+        fleet.allow_questions(TABLES)
+    expected = regression.fit_logistic(ask_silos(local("regression")), WIDTH)
+    assert fit.rows == expected.rows and fit.rounds == expected.rounds
+    for name in ("beta", "covariance", "loglik"):
+        one, other = getattr(fit, name), getattr(expected, name)
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12, err_msg=name)
+    sent = {"hello", "mask", "layout", "masked_numbers", "num_examples", "attempt"}
+    for silo in SILOS:
+        lines = [
+            e for e in fleet.ledger(silo)[before[silo] :] if e["direction"] == "out"
+        ]
+        assert {e["what"] for e in lines} == sent | {"code QUESTION_DENIED"}
+    # Known bytes of each hospital's last answer, in every file that there is.
+    known, found = {}, {silo: set() for silo in SILOS}
+    for silo, rows in local("regression").items():
+        answer = regression.silo_logistic(rows, beta=beta)
+        answer = {name: np.asarray(value) for name, value in answer.items()}
+        words = encode_arrays(silo, answer)
+        known[silo] = telling_bytes(words)[::20]
+        known[silo] += [answer["information"].tobytes()[:24]]
+        known[silo] += [repr(float(answer["loglik"])).encode()]
+    for path in fleet.folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            for silo, pieces in known.items():
+                if any(piece in content for piece in pieces):
+                    found[silo].add(path.relative_to(fleet.kits).parts[0])
+    assert found == {silo: {silo.replace(" ", "-")} for silo in SILOS}

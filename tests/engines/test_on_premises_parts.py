@@ -42,6 +42,7 @@ from fl_helpers.cross_silo.on_premises import (
     questions,
     runs,
     secure_controller,
+    secure_questions,
     site,
     worker,
 )
@@ -155,6 +156,7 @@ def test_the_servers_policy(kits):
     resources = json.loads((local / "resources.json").read_text())
     allowed = [controller.RoundController, secure_controller.SecureController]
     allowed += [analyses.QuestionController]
+    allowed += [secure_questions.SecureQuestionController]
     assert resources["class_allow_list"] == [path_of(kind) for kind in allowed]
     assert path_of(HubGuard) in {part["path"] for part in resources["components"]}
     stores = [resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"]]

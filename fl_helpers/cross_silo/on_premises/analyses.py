@@ -2,7 +2,8 @@
 
 `asking` starts a run without a model and yields an `Ask`. Its process puts a question
 into the server's kit, `QuestionController` sends it, `QuestionExecutor` answers at each
-hospital, and what passed all checks is added up as `analysis.ask_silos` does.
+hospital, and what passed all checks is added up as `analysis.ask_silos` does. In secure
+sums, `secure_questions` does both, and single answers are known to nobody.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,15 @@ from safetensors.numpy import load_file, save_file
 
 from fl_helpers.analysis import Arrays, add_answers
 from fl_helpers.cross_silo import turn
+from fl_helpers.cross_silo.fixed_point import ALL, MOST_SILOS
 from fl_helpers.cross_silo.on_premises import job, runs
+from fl_helpers.cross_silo.on_premises.attendance import Answers
 from fl_helpers.cross_silo.on_premises.controller import RoundController
 from fl_helpers.cross_silo.on_premises.executor import TaskExecutor
-from fl_helpers.cross_silo.on_premises.gate import Sums
 from fl_helpers.cross_silo.on_premises.line import Line, Patience
 from fl_helpers.cross_silo.on_premises.questions import (
     ANSWER,
+    ONE_BY_ONE,
     Denied,
     Question,
     answer,
@@ -41,6 +45,7 @@ from fl_helpers.cross_silo.on_premises.questions import (
     read_rules,
 )
 from fl_helpers.cross_silo.on_premises.record import Record
+from fl_helpers.cross_silo.on_premises.refusals import blamed
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.on_premises.site import (
     ANALYSES,
@@ -48,9 +53,14 @@ from fl_helpers.cross_silo.on_premises.site import (
     read_site,
     site_name,
 )
+from fl_helpers.cross_silo.run import SMALLEST_SET
 
+ASK_FEWER = "ask about(silos=...) those that do answer"
+NOT_SECURE = "ask without secure, of silos that answer plain questions"
 PLACE, TASK, END = "analyses", "ask", "end"
+SECURE_TASKS = ("keys", "layout", "answer", "open")
 CODE = "the site answered "  # how the controller says which code came
+FEWER = f"a secure sum needs {SMALLEST_SET} silos or more, or one would read another"
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,16 @@ class Analysis:
 
     name: of its folder, `analyses/<name>` in the server's kit. quorum: silos that an
     answer needs; None is all. deadline: seconds for an answer. idle: seconds without a
-    question after which the run ends by itself. Raises ValueError for other values.
+    question after which the run ends by itself. secure: the orchestrator gets sums of
+    three or more silos only; all silos of the run must be there when it begins. Raises
+    ValueError for other values.
     """
 
     name: str
     quorum: int | None = None
     deadline: int = 60
     idle: int = 1800
+    secure: bool = False
     wait_for_quorum = 0  # as `run.Run` has it: an analysis does not wait
 
     def __post_init__(self) -> None:
@@ -76,15 +89,33 @@ class Analysis:
         numbers = self.quorum or 1, self.deadline, self.idle
         if any(type(n) is not int or n < 1 for n in numbers) or self.quorum == 0:
             raise ValueError(f"quorum, deadline, idle: integers >= 1, got {numbers}")
+        if type(self.secure) is not bool:
+            raise ValueError(f"secure must be True or False, got {self.secure!r}")
+        if self.secure and self.quorum is not None and self.quorum < SMALLEST_SET:
+            raise ValueError(f"quorum {self.quorum}: {FEWER}")
 
 
 class QuestionRefused(RunError):
-    """Too few silos answered a question; `codes` says what the others sent, by silo."""
+    """Too few silos answered a question; `codes` says what the others sent, by silo.
 
-    def __init__(self, function: str, codes: Mapping[str, str], quorum: int) -> None:
+    In secure sums, `codes` is empty if all answered and the sum cannot be read."""
+
+    def __init__(
+        self,
+        function: str,
+        codes: Mapping[str, str],
+        quorum: int,
+        *,
+        reason: str = "",
+        secure: bool = False,
+    ) -> None:
+        why = (
+            f"gave no sum: {reason}" if reason else f"was not answered by {dict(codes)}"
+        )
+        how = "ask the same again, of the same silos" if secure else ASK_FEWER
         super().__init__(
-            f"{function} was not answered by {dict(codes)}, {quorum} silos are needed; "
-            "ask about(silos=...) those that do answer, or look into the others' logs"
+            f"{function} {why}, {quorum} silos are needed; {how}, or look into the "
+            "logs of those that did not answer"
         )
         self.codes = dict(codes)
 
@@ -103,7 +134,9 @@ class EngineAsk:
         events: Iterator[dict[str, Any]],
         silos: Collection[str],
         quorum: int,
+        secure: bool = False,
     ) -> None:
+        self.secure = secure
         self.box, self.events = box, events
         self.silos, self.quorum = tuple(sorted(silos)), quorum
         self.left_out: dict[str, str] = {}
@@ -122,33 +155,45 @@ class EngineAsk:
         table: a name that the hospitals' `Tables` have; "" is that of the function's
         module. where: {column: (lowest, highest)}, None for no limit.
         silos: some of those here; the quorum is then no more than their number.
-        Raises ValueError for others, and for none.
+        Raises ValueError for others, for none, and in secure sums for fewer than three;
+        there a silo lets its patients be in sums of one set of silos only.
         """
         chosen = self.silos if silos is None else silos
         if {*chosen} - {*self.silos} or not chosen:
             raise ValueError(f"silos must be of {list(self.silos)}, got {[*chosen]}")
+        if self.secure and len({*chosen}) < SMALLEST_SET:
+            raise ValueError(f"silos {sorted(chosen)}: {FEWER}")
         quorum = self.quorum if silos is None else min(self.quorum, len({*chosen}))
-        made = EngineAsk(self.box, self.events, {*chosen}, quorum)
+        made = EngineAsk(self.box, self.events, {*chosen}, quorum, self.secure)
         made.table, made.where = table, dict(where or {})
         return made
 
     def __call__(self, function: Callable[..., Any], **settings: Any) -> Arrays:
         """The sums over silos; raises QuestionRefused, and RunError if the run ends."""
-        answers = self.each(function, **settings)
+        name = f"{function.__module__}:{function.__name__}"
+        if self.secure and name in ONE_BY_ONE:
+            raise ValueError(f"answers of {name} are for each silo alone: {NOT_SECURE}")
+        answers = self._answers(name, settings)
         return add_answers((silo, answers[silo]) for silo in sorted(answers))
 
     def each(self, function: Callable[..., Any], **settings: Any) -> dict[str, Arrays]:
-        """{silo: its own answer}, in the order of names."""
+        """{silo: its own answer}, in the order of names; ValueError in secure sums."""
+        if self.secure:
+            raise ValueError(f"there are no answers of single silos: {NOT_SECURE}")
         name = f"{function.__module__}:{function.__name__}"
+        return self._answers(name, settings)
+
+    def _answers(self, name: str, settings: Mapping[str, Any]) -> dict[str, Arrays]:
+        """By silo, or in secure sums of `ALL`."""
         question = Question(name, plain(settings), self.table, plain(self.where))
         event = self._send(question)
-        answers = self._read(event, name)
         codes = {k: v for k, v in event["codes"].items() if k in self.silos}
-        left = [silo for silo in self.silos if silo not in codes]
-        if codes and (self.asked or len(left) < self.quorum):
-            raise QuestionRefused(
-                name, codes, len(self.silos) if self.asked else self.quorum
-            )
+        left = [silo for silo in self.silos if silo in event["silos"]]
+        answers = self._read(event, name)
+        needed = len(self.silos) if self.asked else self.quorum
+        if len(left) < needed:
+            about = {"reason": event.get("reason", ""), "secure": self.secure}
+            raise QuestionRefused(name, codes, needed, **about)
         self.asked, self.silos = True, tuple(left)
         self.left_out |= codes
         return answers
@@ -158,6 +203,7 @@ class EngineAsk:
         number = 1 + sum(1 for _ in self.box.glob("*.json"))
         path = self.box / f"{number:06d}.json"
         content = {"silos": self.silos, "question": question.text()}
+        content["needed"] = len(self.silos) if self.asked else self.quorum
         path.with_suffix(".tmp").write_text(json.dumps(content))
         os.replace(path.with_suffix(".tmp"), path)
         for event in self.events:
@@ -168,7 +214,7 @@ class EngineAsk:
     def _read(self, event: Mapping[str, Any], name: str) -> dict[str, Arrays]:
         folder = self.box / f"{event['question']:06d}"
         found = {}
-        for silo in event["silos"]:
+        for silo in [ALL] * bool(event["silos"]) if self.secure else event["silos"]:
             arrays = load_file(folder / f"{site_name(silo)}.safetensors")
             found[silo] = {key[len(name) + 1 :]: arrays[key] for key in arrays}
         shutil.rmtree(folder, ignore_errors=True)
@@ -218,7 +264,8 @@ def asking(
     try:
         while next(events)["event"] != "start":  # then the engine has begun
             pass
-        yield EngineAsk(box, events, silos, analysis.quorum or len(silos))
+        quorum = analysis.quorum or len(silos)
+        yield EngineAsk(box, events, silos, quorum, analysis.secure)
         (box / END).touch()
         for _ in events:
             pass
@@ -238,12 +285,20 @@ def write_analysis(analysis: Analysis, jobs: Path, silos: Collection[str]) -> Pa
     quorum = analysis.quorum or len(silos)
     if quorum > len(silos):
         raise ValueError(f"quorum {quorum}, but there are {len(silos)} silos")
+    if analysis.secure and not SMALLEST_SET <= len(silos) <= MOST_SILOS:
+        raise ValueError(f"{len(silos)} silos: {FEWER}, and at most {MOST_SILOS}")
     app = jobs / analysis.name / "app" / job.CONFIG
     app.mkdir(parents=True, exist_ok=True)
     sites = {site_name(silo): silo for silo in silos}
     content = {"id": uuid.uuid4().hex, "silos": sites, "analysis": asdict(analysis)}
     (app / job.RUN).write_text(json.dumps(content), encoding="utf-8")
-    return job.write_parts(app, quorum, ANALYSES, ANSWERS, [TASK])
+    tasks = SECURE_TASKS if analysis.secure else [TASK]
+    return job.write_parts(app, quorum, ANALYSES[analysis.secure], ANSWERS, tasks)
+
+
+def read_analysis(fl_ctx: FLContext) -> job.Job:
+    """The job of this process, see `job.read_job`."""
+    return job.read_job(fl_ctx, "analysis", lambda found: Analysis(**found))
 
 
 # -- at the server
@@ -257,14 +312,12 @@ class QuestionController(RoundController):
     def start_controller(self, fl_ctx: FLContext) -> None:
         self.communicator._task_check_period = 0.02  # seconds
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
-        folder = Path(workspace.get_app_dir(fl_ctx.get_job_id())) / job.CONFIG
-        found = json.loads((folder / job.RUN).read_text(encoding="utf-8"))
-        analysis = Analysis(**found["analysis"])
-        self.job = job.Job(found["id"], found["silos"], analysis, folder)
-        self.record = Record(Path(workspace.get_root_dir(), PLACE, analysis.name))
+        self.job = read_analysis(fl_ctx)
+        self.record = Record(Path(workspace.get_root_dir(), PLACE, self.job.run.name))
         self.function = ""  # of the question that is asked now
 
     def _play(self) -> None:
+        self._begin()
         self.record.event("start")
         box, number, since = self.record.folder / self.job.id, 1, time.monotonic()
         while time.monotonic() - since < self.job.run.idle:
@@ -279,43 +332,66 @@ class QuestionController(RoundController):
             time.sleep(0.01)
         self.record.event("done", questions=number - 1)
 
-    def _put(self, number: int, silos: list[str], question: str) -> None:
-        """Send one question; its answers lie in the box before the event says so."""
+    def _put(self, number: int, silos: list[str], question: str, needed: int) -> None:
+        """Send one question; its answers lie in the box before the event says so.
+
+        needed: how many must answer, for a sum that cannot be read without."""
         self.function = json.loads(question)["function"]
         sites = [site for site, silo in sorted(self.job.silos.items()) if silo in silos]
         answers = self._send(TASK, number, sites, Shareable({"question": question}))
-        folder = self.record.folder / self.job.id / f"{number:06d}"
-        folder.mkdir()
         for silo, update in answers.updates.items():
             arrays = {name: value.numpy() for name, value in update.params.items()}
-            save_file(arrays, folder / f"{site_name(silo)}.safetensors")
-        came = sorted(answers.updates)
-        said = {silo: answers.refused.get(silo, "MISSING") for silo in silos}
-        codes = {k: v.removeprefix(CODE) for k, v in said.items() if k not in came}
-        self.record.event("answered", question=number, silos=came, codes=codes)
+            self._lay_down(number, silo, arrays)
+        self._say(number, sorted(answers.updates), codes_of(answers, silos))
+
+    def _lay_down(self, number: int, whose: str, arrays: Arrays) -> None:
+        folder = self.record.folder / self.job.id / f"{number:06d}"
+        folder.mkdir(exist_ok=True)
+        save_file(arrays, folder / f"{site_name(whose)}.safetensors")
+
+    def _say(
+        self, number: int, silos: Collection[str], codes: Any, **more: Any
+    ) -> None:
+        about = {"question": number, "silos": list(silos), "codes": codes}
+        self.record.event("answered", **about, **more)
 
     def _take(self, task: str, message: Shareable, silo: str, index: int) -> Any:
         expected = expected_of(message.get("layout"), self.function)
         return self._read(message, silo, index, expected, ANSWER)
 
 
+def codes_of(answers: Answers, silos: Collection[str]) -> dict[str, str]:
+    """What came from those of the silos that did not answer."""
+    lack = sorted({*silos} - answers.updates.keys())
+    return {k: answers.refused.get(k, "MISSING").removeprefix(CODE) for k in lack}
+
+
 # -- at a hospital
 
 
 class QuestionExecutor(TaskExecutor):
-    """Answers the task "ask" with `Sums`, by the hospital's rules, see `questions`."""
+    """Answers the task "ask" with `Sums`, by the hospital's rules, see `questions`; and
+    `SECURE_TASKS`, see `secure_questions`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tables: turn.Tables | None = None
+        self.sums: Any = None  # of a run in secure sums
 
     def result(
         self, task: str, message: Shareable, kit: Path, context: FLContext
-    ) -> Sums:
+    ) -> Any:
         site, _ = read_site(kit), read_rules(kit)
         if not site.tables:
             raise Denied("local/site.json names no function `tables`")
         if self.tables is None:
             self.tables = turn.load_function(site.tables)(Path(site.data))
-        text, number = message.get("question"), message.get("round")
-        return answer(kit, site.silo, self.tables, text, number)
+        work = partial(answer, kit, site.silo, self.tables)
+        if task == TASK:
+            return work(message.get("question"), message.get("round"))
+        from fl_helpers.cross_silo.on_premises import secure_questions  # needs this
+
+        with blamed("KIT_DAMAGED", json.JSONDecodeError, OSError):
+            make, read = secure_questions.SecureQuestions, read_analysis
+            self.sums = self.sums or make(read(context), kit)
+        return self.sums.answer(task, message, partial(work, sealed=True))

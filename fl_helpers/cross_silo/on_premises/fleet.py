@@ -184,12 +184,17 @@ class Fleet:
         return {"silos": silos, "server_kit": server, "jobs": jobs}
 
     def ask(
-        self, name: str, *, quorum: int | None = None, deadline: int = 60
+        self,
+        name: str,
+        *,
+        quorum: int | None = None,
+        deadline: int = 60,
+        secure: bool = False,
     ) -> contextlib.AbstractContextManager[EngineAsk]:
         """A run of questions, and its `Ask`: see `analyses.asking` and `Analysis`."""
         from fl_helpers.cross_silo.on_premises import analyses
 
-        analysis = analyses.Analysis(name, quorum, deadline)
+        analysis = analyses.Analysis(name, quorum, deadline, secure=secure)
         alive = {"check": lambda: self._check_alive("server")}
         return analyses.asking(analysis, self.session, **self.places, **alive)
 

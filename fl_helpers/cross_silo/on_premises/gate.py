@@ -117,6 +117,7 @@ def explain_policy(kit: str | Path) -> dict[str, str]:
         rules = read("questions.json")
         leaves += f"; answers of {len(rules['functions'])} functions of an analysis, "
         leaves += f"about {rules['minimum']} patients or more"
+        leaves += ", in secure sums only" if rules.get("secure") else ""
     lists = {
         "who may start a run": [k for k, v in rights.items() if v.get("submit_job")],
         "who may bring code": [k for k, v in rights.items() if v.get("byoc") == "any"],
@@ -151,13 +152,25 @@ class Unreleased:
 class Sums:
     """A hospital's answer to a question of an analysis, see `questions.release`.
 
-    number: of the question in its run. rows: patients that the answer is about."""
+    number: of the question in its run. rows: patients that the answer is about. cohort:
+    which ones, `cohorts.Cohort`. seal: makes of the arrays and the text of their layout
+    an update that leaves in their place, or None, for the layout alone; without it they
+    leave as they are."""
 
-    __slots__ = ("arrays", "number", "question", "rows")
+    __slots__ = ("arrays", "cohort", "number", "question", "rows", "seal")
 
-    def __init__(self, arrays: Any, number: int, question: Any, rows: int) -> None:
+    def __init__(
+        self,
+        arrays: Any,
+        number: int,
+        question: Any,
+        rows: int,
+        cohort: Any = None,
+        seal: Callable[[Any, str], Update | None] | None = None,
+    ) -> None:
         self.arrays, self.number = arrays, number
         self.question, self.rows = question, rows
+        self.cohort, self.seal = cohort, seal
 
 
 class Spoken:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,13 @@ class Job:
     """What a process of the engine knows of its run.
 
     id: the same for a run that is started again. silos: names, by NVFlare's names of
-    their sites. run: its params without content, these are in `initial`.
+    their sites. run: its params without content, these are in `initial`; in an
+    analysis, `analyses.Analysis`.
     """
 
     id: str
     silos: Mapping[str, str]
-    run: Run
+    run: Any
     folder: Path
 
     def initial(self, names: Iterable[str]) -> Params:
@@ -61,9 +62,13 @@ class Job:
             return {name: file.get_tensor(name) for name in names}
 
 
-def read_job(fl_ctx: FLContext) -> Job:
+def read_job(
+    fl_ctx: FLContext, key: str = "run", read: Callable[[Any], Any] = from_plain
+) -> Job:
     """The job of this process. Raises Refusal for one that is not of the agreed form:
-    its names become those of folders, and its numbers are used."""
+    its names become those of folders, and its numbers are used.
+
+    key, read: where in its file the run is, and what makes it of plain values."""
     workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
     folder = Path(workspace.get_app_dir(fl_ctx.get_job_id())) / CONFIG
     try:
@@ -73,7 +78,7 @@ def read_job(fl_ctx: FLContext) -> Job:
         for site, silo in found["silos"].items():
             if not re.fullmatch(SILO, silo, re.ASCII) or site != site_name(silo):
                 raise ValueError(f"the name of a silo must match {SILO}, got {silo!r}")
-        return Job(found["id"], found["silos"], from_plain(found["run"]), folder)
+        return Job(found["id"], found["silos"], read(found[key]), folder)
     except Exception as error:
         raise Refusal("JOB_REFUSED", f"{folder / RUN}: {error!r}") from error
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.shareable import Shareable, make_reply
 from torch import Tensor
 
 from fl_helpers import (
@@ -35,7 +36,8 @@ from fl_helpers import (
     validation,
 )
 from fl_helpers.analysis import CohortLedger, TooFew, as_arrays
-from fl_helpers.cross_silo.on_premises.gate import Sums, pack
+from fl_helpers.cross_silo.cohorts import Cohort
+from fl_helpers.cross_silo.on_premises.gate import SEALED, Sums, pack
 from fl_helpers.cross_silo.on_premises.site import ANSWERS, write_local
 from fl_helpers.cross_silo.turn import Tables
 from fl_helpers.training import Update
@@ -45,6 +47,10 @@ KNOWN: dict[str, Callable[..., Mapping[str, Any]]] = {
     for module in (federated_statistics, regression, survival, trees, validation)
     for name, value in vars(module).items()
     if name.startswith("silo_") or name == "finest_counts"
+}
+ONE_BY_ONE = {  # no sums: means, and arrays whose form shows what is hidden in a silo
+    "fl_helpers.federated_statistics:silo_table",
+    "fl_helpers.validation:finest_counts",
 }
 LIMITS = ("min_rows", "min_count", "min_events")  # settings that a hospital sets
 COHORTS = "analysis/cohorts.jsonl"  # of a kit, for `analysis.CohortLedger`
@@ -125,14 +131,19 @@ def _check_plain(value: Any, name: str, depth: int) -> None:
 
 
 def allow_questions(
-    kit: str | Path, functions: Collection[str] = tuple(KNOWN), *, minimum: int = 10
+    kit: str | Path,
+    functions: Collection[str] = tuple(KNOWN),
+    *,
+    minimum: int = 10,
+    secure: bool = False,
 ) -> None:
     """Set which questions a hospital answers, in its kit's `local/questions.json`.
 
     functions: "module:function", of `KNOWN`; by default all of them, () is none, as
     without a call of this. minimum: rows, events or patients in a cell that an answer
-    must be about; a question may ask for more, not for fewer. Lets runs name the class
-    that answers, too. Raises ValueError for other functions, and a minimum below 2.
+    must be about; a question may ask for more, not for fewer. secure: answers leave in
+    secure sums only. Lets runs name the class that answers, too. Raises ValueError for
+    other functions, and a minimum below 2.
     """
     unknown = sorted({*functions} - KNOWN.keys())
     if unknown or minimum < 2:
@@ -142,7 +153,7 @@ def allow_questions(
     classes = [c for c in resources["class_allow_list"] if c != ANSWERS]
     resources["class_allow_list"] = classes + [ANSWERS] * bool(functions)
     write_local(kit, "resources.json", resources)
-    rules = {"functions": sorted(functions), "minimum": minimum}
+    rules = {"functions": sorted(functions), "minimum": minimum, "secure": secure}
     write_local(kit, "questions.json", rules)
 
 
@@ -152,14 +163,23 @@ class Rules:
 
     functions: Collection[str]
     minimum: int
+    secure: bool = False
 
-    def check(self, question: Question) -> tuple[Callable[..., Any], dict[str, Any]]:
+    def check(
+        self, question: Question, *, sealed: bool = False
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The function of a question, and its settings with this hospital's minimum.
 
-        Raises Denied for a function that is not on the list, settings that it does not
-        have, and a minimum below the hospital's own.
+        sealed: its answer leaves in a secure sum. Raises Denied for a function that is
+        not on the list, settings that it does not have, a minimum below the hospital's
+        own, a plain answer where secure sums only are allowed, and a function whose
+        answers are no sums in a secure one.
         """
         name = question.function
+        if self.secure and not sealed:
+            raise Denied("this hospital answers in secure sums only")
+        if sealed and name in ONE_BY_ONE:
+            raise Denied("answers of this function are for each silo, they do not add")
         if name not in self.functions or name not in KNOWN:
             raise Denied("the function is not on this hospital's list")
         function, settings = KNOWN[name], dict(question.settings)
@@ -222,15 +242,24 @@ def _some(data: Any, rows: np.ndarray) -> Any:
 # -- an answer
 
 
-def answer(kit: Path, silo: str, tables: Tables, text: Any, number: Any) -> Sums:
+def answer(
+    kit: Path,
+    silo: str,
+    tables: Tables,
+    text: Any,
+    number: Any,
+    *,
+    sealed: bool = False,
+) -> Sums:
     """Check a question, write it and its cohort down, and only then work it out.
 
-    Raises Denied, and whatever else its function raises: `TooFew` and the like.
+    sealed: as in `Rules.check`. Raises Denied, and whatever else its function raises:
+    `TooFew` and the like.
     """
     if type(number) is not int or not 0 < number < 10**9:
         raise Denied("a question has a number")
     question, rules = read_question(text), read_rules(kit)
-    function, settings = rules.check(question)
+    function, settings = rules.check(question, sealed=sealed)
     data, chosen = cohort(tables, question)
     path = kit / COHORTS
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +271,18 @@ def answer(kit: Path, silo: str, tables: Tables, text: Any, number: Any) -> Sums
         CohortLedger(path, minimum=rules.minimum).admit(chosen, about=about)
     with _limited(MEMORY):
         arrays = as_arrays(silo, function(data, **settings))
-    return Sums(arrays, number, question, int(chosen.sum()))
+    whose = Cohort(chosen, _data_digest(tables)) if sealed else None
+    return Sums(arrays, number, question, int(chosen.sum()), whose)
+
+
+def _data_digest(tables: Tables) -> str:
+    """Of what a question can choose rows by; with it, a row is the same patient."""
+    digest = sha256(f"{tables.patients}".encode())
+    for kind in (tables.columns, tables.rows):
+        for name in sorted(kind):
+            values = np.ascontiguousarray(kind[name], dtype=np.float64)
+            digest.update(f" {name} ".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def _check_rows(rows: int, rules: Rules) -> None:
@@ -281,10 +321,11 @@ def _limited(memory: int) -> Iterator[None]:
 def release(kit: Path, found: Sums, silo: str, ledger: exchange.Ledger) -> Shareable:
     """An answer as a message: the files of `exchange`, and what is in them.
 
-    The gate's part: it checks again, and every array is a line of the ledger.
+    The gate's part: it checks again, and every array is a line of the ledger; of an
+    answer that is sealed, what leaves is.
     """
     rules = read_rules(kit)
-    rules.check(found.question)
+    rules.check(found.question, sealed=found.seal is not None)
     _check_rows(found.rows, rules)
     name = found.question.function
     params = {
@@ -294,12 +335,43 @@ def release(kit: Path, found: Sums, silo: str, ledger: exchange.Ledger) -> Share
         for key, value in found.arrays.items()
     }
     layout = {key: [str(v.dtype)[6:], list(v.shape)] for key, v in params.items()}
-    expected_of(json.dumps(layout), name)  # or nobody would take it
-    how = {"round_index": found.number, "limits": ANSWER, "ledger": ledger}
+    text = json.dumps(layout)
+    expected_of(text, name)  # or nobody would take it
+    update, limits = Update(silo, params, 1, {}), ANSWER
+    if found.seal:
+        _look(update, found.number, ledger)
+        update, limits = found.seal(found.arrays, text), SEALED
+    if update is None:
+        return _say_layout(text, silo, found.number, ledger)
+    how = {"round_index": found.number, "limits": limits, "ledger": ledger}
     with tempfile.TemporaryDirectory() as folder:
-        exchange.write_update(folder, Update(silo, params, 1, {}), **how)
+        exchange.write_update(folder, update, **how)
         message = pack(folder)
-    message["layout"] = json.dumps(layout)
+    if limits is ANSWER:
+        message["layout"] = text
+    return message
+
+
+def _look(update: Update, number: int, ledger: exchange.Ledger) -> None:
+    """Refuse what could not leave as it is, before it is sealed."""
+    about = {"silo": update.silo, "round_index": number, "direction": "out"}
+    try:
+        exchange.check_update(update, update.params, **about, limits=ANSWER)
+    except exchange.Refused as error:
+        ledger.add([{"what": "answer"}], **about, verdict="refused", reason=str(error))
+        raise
+
+
+def _say_layout(
+    text: str, silo: str, number: int, ledger: exchange.Ledger
+) -> Shareable:
+    """The names, types and shapes of an answer, before it is asked for in a sum."""
+    digest = sha256(text.encode()).hexdigest()
+    item = {"what": "layout", "bytes": len(text), "sha256": digest}
+    about = {"direction": "out", "silo": silo, "round_index": number}
+    ledger.add([item], **about, verdict="accepted")
+    message = make_reply(ReturnCode.OK)
+    message["layout"] = text
     return message
 
 

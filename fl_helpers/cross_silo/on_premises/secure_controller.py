@@ -28,7 +28,69 @@ from fl_helpers.cross_silo.secure import MAX_HELLO, Question, Sum
 from fl_helpers.simulation import NoQuorum, Params
 
 
-class SecureController(RoundController):
+class SumController(RoundController):
+    """What all secure sums need: to meet, to be asked, to open, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum: Sum | None = None
+
+    def _hellos(self) -> Answers:
+        """Of all silos of the run, each with the key of its masks."""
+        hellos = self._send("keys", 0, sorted(self.job.silos), Shareable())
+        silos = tuple(sorted(self.job.silos.values()))
+        self._all_or_none("say hello", hellos, silos)
+        return hellos
+
+    def _gather(self, asked: Question, message: Shareable) -> Answers:
+        self.sum = Sum(asked)
+        message["question"] = asked.text()
+        return self._send(asked.kind, asked.round, self._sites(asked), message)
+
+    def _open(self) -> Answers:
+        asked = self.sum.asked
+        message = Shareable({"question": asked.text()})
+        return self._send("open", asked.round, self._sites(asked), message)
+
+    def _sites(self, asked: Question) -> list[str]:
+        silos = self.job.silos
+        return [site for site in sorted(silos) if silos[site] in asked.silos]
+
+    def _take(self, task: str, message: Shareable, silo: str, index: int) -> Any:
+        if task == "keys":
+            return _bytes(message, "hello", MAX_HELLO)
+        added = self.sum
+        if task == "open":
+            mask = _bytes(message, "mask", 32)
+            with self.lock:
+                added.opened[silo] = mask
+            return mask
+        expected = self._layout(task)
+        update = self._read(message, silo, index, expected, SEALED)
+        if update.metrics != {"attempt": added.asked.attempt}:
+            raise ValueError(f"the answer is to attempt {update.metrics}")
+        parts = {name: part.numpy() for name, part in update.params.items()}
+        weights = parts.get("masked_weights", np.empty(0, np.int32))
+        numbers = parts["masked_numbers"]
+        masked = Plain(weights.view(np.uint32), numbers.view(np.uint64))
+        with self.lock:
+            added.add(silo, masked)
+        return replace(update, params={}, metrics={})
+
+    def _layout(self, task: str) -> Params:
+        """Of a masked answer, as tensors without content."""
+        raise NotImplementedError
+
+    def _all_or_none(self, what: str, answers: Answers, silos: tuple[str, ...]) -> None:
+        if missing := sorted({*silos} - answers.updates.keys()):
+            raise NoQuorum(
+                f"{missing} did not {what}, and without them nothing of this sum can "
+                f"be read: all of {list(silos)} must be there; refused: "
+                f"{answers.refused}"
+            )
+
+
+class SecureController(SumController):
     """As `RoundController`; what came of a round is one update, of `ALL`.
 
     `secure.json` in the run's folder says what was asked last, and is written before it
@@ -39,7 +101,6 @@ class SecureController(RoundController):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sum: Sum | None = None
         self.total = 0  # examples of all participants
 
     def _begin(self) -> None:
@@ -48,10 +109,8 @@ class SecureController(RoundController):
 
     def _meet(self) -> int:
         """All say hello and learn the others' keys; the sum of their examples."""
-        sites = sorted(self.job.silos)
         silos = tuple(sorted(self.job.silos.values()))
-        hellos = self._send("keys", 0, sites, Shareable())
-        self._all_or_none("say hello", hellos, silos)
+        hellos = self._hellos()
         asked = self._question("examples", 0, silos, "", 1)
         self._save(asked)
         message = Shareable({"hellos": hellos.updates})
@@ -98,41 +157,6 @@ class SecureController(RoundController):
                 return last
         return Question(self.job.id, kind, index, 0, silos, model, total)
 
-    def _gather(self, asked: Question, message: Shareable) -> Answers:
-        self.sum = Sum(asked)
-        message["question"] = asked.text()
-        return self._send(asked.kind, asked.round, self._sites(asked), message)
-
-    def _open(self) -> Answers:
-        asked = self.sum.asked
-        message = Shareable({"question": asked.text()})
-        return self._send("open", asked.round, self._sites(asked), message)
-
-    def _sites(self, asked: Question) -> list[str]:
-        silos = self.job.silos
-        return [site for site in sorted(silos) if silos[site] in asked.silos]
-
-    def _take(self, task: str, message: Shareable, silo: str, index: int) -> Any:
-        if task == "keys":
-            return _bytes(message, "hello", MAX_HELLO)
-        added = self.sum
-        if task == "open":
-            mask = _bytes(message, "mask", 32)
-            with self.lock:
-                added.opened[silo] = mask
-            return mask
-        expected = self._layout(task)
-        update = self._read(message, silo, index, expected, SEALED)
-        if update.metrics != {"attempt": added.asked.attempt}:
-            raise ValueError(f"the answer is to attempt {update.metrics}")
-        parts = {name: part.numpy() for name, part in update.params.items()}
-        weights = parts.get("masked_weights", np.empty(0, np.int32))
-        numbers = parts["masked_numbers"]
-        masked = Plain(weights.view(np.uint32), numbers.view(np.uint64))
-        with self.lock:
-            added.add(silo, masked)
-        return replace(update, params={}, metrics={})
-
     def _layout(self, task: str) -> Params:
         """Of a masked update, as tensors without content."""
         metrics = self.job.run.limits.metrics if task != "examples" else ()
@@ -166,14 +190,6 @@ class SecureController(RoundController):
             ) from None
         about = mean.num_examples, mean.metrics, "", 0, None
         return exchange.ReceivedUpdate(ALL, asked.round, mean.params, *about)
-
-    def _all_or_none(self, what: str, answers: Answers, silos: tuple[str, ...]) -> None:
-        if missing := sorted({*silos} - answers.updates.keys()):
-            raise NoQuorum(
-                f"{missing} did not {what}, and without them nothing of this sum can "
-                f"be read: all of {list(silos)} must be there; refused: "
-                f"{answers.refused}"
-            )
 
     def _known(self) -> dict[str, Any]:
         path = self.record.folder / "secure.json"

@@ -41,6 +41,12 @@ def identity_of(kit: Path) -> Identity:
     return read_identity(*(startup / name for name in names), known)
 
 
+def member_of(job: Job, kit: Path) -> Member:
+    """A hospital's side of the sums of a run, which remembers in `secure/` of a kit."""
+    folder, silo = kit / "secure" / job.id, read_site(kit).silo
+    return Member(folder, silo, job.id, job.silos.values(), identity_of(kit))
+
+
 def rehearse(
     kits: Path, folder: Path, run: str
 ) -> tuple[dict[str, Member], dict[str, bytes]]:
@@ -73,13 +79,7 @@ class SecureSite:
     def __init__(self, job: Job, kit: Path, client: turn.Client) -> None:
         self.job, self.kit, self.client = job, kit, client
         self.metrics = job.run.limits.metrics
-        self.member = Member(
-            kit / "secure" / job.id,
-            read_site(kit).silo,
-            job.id,
-            job.silos.values(),
-            identity_of(kit),
-        )
+        self.member = member_of(job, kit)
 
     def answer(
         self,

@@ -18,10 +18,13 @@ CONTROLLERS = (  # of a plain run, of a secure one
     f"{HERE}.controller.RoundController",
     f"{HERE}.secure_controller.SecureController",
 )
-ANALYSES = f"{HERE}.analyses.QuestionController"
+ANALYSES = (  # likewise, of an analysis
+    f"{HERE}.analyses.QuestionController",
+    f"{HERE}.secure_questions.SecureQuestionController",
+)
 ANSWERS = f"{HERE}.analyses.QuestionExecutor"  # at a hospital that allows questions
 CLASSES = (f"{HERE}.executor.SiteExecutor",)  # that a job may name at a hospital
-SERVER_CLASSES = (*CONTROLLERS, ANALYSES)  # that one may name at the server
+SERVER_CLASSES = (*CONTROLLERS, *ANALYSES)  # that one may name at the server
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
 FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
