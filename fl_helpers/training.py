@@ -537,9 +537,22 @@ class _Batches(Dataset):
         with nullcontext() if get_worker_info() else _ONE_AT_A_TIME, _drawn_from(seed):
             try:
                 x, y = default_collate([self.examples[row] for row in rows])
+                _check_pixels(x, rows)
             except Exception as error:
                 raise _told(f"{self.owner}, examples {rows[:3]} ...", error) from error
         return x, y
+
+
+def _check_pixels(x: Tensor, rows: list[int]) -> None:
+    """Raise which examples of a batch hold NaN or infinity; a sum is one quick read."""
+    if not x.is_floating_point() or math.isfinite(x.sum().item()):
+        return
+    bad = [row for row, one in zip(rows, x, strict=True) if not one.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"NaN or infinity in the inputs of example(s) {bad[:3]}; correct or leave "
+            "them out"
+        )
 
 
 @contextmanager
@@ -568,6 +581,8 @@ def _told(owner: str, error: Exception) -> RuntimeError:
         hint = "; labels must be 0 to one less than the model's outputs"
     if "equal size" in str(error):  # how examples are refused that cannot be stacked
         hint = "; give all images one size and number of channels"
+    if "Target size" in str(error):  # how a loss refuses masks
+        hint = "; give masks a channel of their own, and the size of the output"
     return RuntimeError(f"{owner}: {type(error).__name__}: {error}{hint}")
 
 

@@ -48,7 +48,15 @@ def test_a_hospital_without_one_class_is_told(data):
     for path in (data / "images/North/sick").iterdir():
         path.unlink()
     (data / "images/North/sick").rmdir()
-    with pytest.raises(ValueError, match=r"has the classes \('well',\), not 2"):
+    message = r"\['North'\] in .*images has the classes \('well',\), not .*; name its"
+    with pytest.raises(ValueError, match=message):
+        hospital_images.load_silo(data, image_size=32)
+
+
+def test_a_hospital_with_another_name_for_a_class_is_told(data):
+    """Else its `zzz` would be trained as the others' `well`, without an error."""
+    (data / "images/North/sick").rename(data / "images/North/zzz")
+    with pytest.raises(ValueError, match=r"classes \('well', 'zzz'\), not \('sick'"):
         hospital_images.load_silo(data, image_size=32)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fl_helpers.aggregation import weighted_average
 from fl_helpers.images import (
     Augmented,
     ImageFiles,
@@ -12,7 +13,10 @@ from fl_helpers.images import (
     load_image_folder,
     read_dicom,
 )
-from fl_helpers.silos import make_silos, partition_by_site, to_tensor
+from fl_helpers.models import small_cnn
+from fl_helpers.silos import Rows, Silo, make_silos, partition_by_site, to_tensor
+from fl_helpers.simulation import Execution, Terms, run_rounds
+from fl_helpers.training import sgd_client
 
 # --------------------------------------------------------------------- image folders
 
@@ -361,3 +365,31 @@ def test_silos_of_an_index_stay_on_the_disk(archive):
     assert len(north.train) == len(north.test) == 1
     assert south.name == "South" and {len(south.train), len(south.test)} == {1, 2}
     assert sorted([*south.train.y.tolist(), *south.test.y.tolist()]) == [0, 0, 1]
+
+
+def test_a_damaged_file_costs_its_own_hospital_only(tmp_path):
+    """The index finds it whole; the message names hospital, file and remedy."""
+    rng = np.random.default_rng(0)
+    for name in ("East", "North", "South"):
+        for k in range(8):
+            path = tmp_path / name / ("sick", "well")[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(256, size=(16, 16), dtype=np.uint8)).save(path)
+    spoiled = bytearray((tmp_path / "North/sick/2.png").read_bytes())
+    spoiled[spoiled.index(b"IDAT") + 8] ^= 0xFF
+    (tmp_path / "North/sick/2.png").write_bytes(spoiled)
+    index = index_images(tmp_path)
+    files, parts = ImageFiles(index), partition_by_site(index.site)
+    silos = [Silo(name, Rows(files, rows, files.y[rows]), None)
+             for name, rows in parts.items()]  # fmt: skip
+    client = sgd_client(lambda: small_cnn(2), epochs=1, lr=0.01, batch_size=4)
+    history = run_rounds(
+        small_cnn(2).state_dict(), silos, client.update, weighted_average, rounds=2,
+        seed=0, terms=Terms(quorum=2), execution=Execution(progress=False),
+    )  # fmt: skip
+    for record in history.rounds:
+        assert record["silos"] == ["East", "South"]
+        assert record["missing"].keys() == {"North"}
+        told = record["missing"]["North"].replace("\\", "/")
+        assert "silo 'North', examples" in told
+        assert "North/sick/2.png" in told and "replace or remove the file" in told

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 from torchvision.ops import StochasticDepth
 
+from fl_helpers import training
 from fl_helpers.scaffold import ControlVariates, zero_variates
 from fl_helpers.training import (
     PlainSGD,
@@ -560,16 +561,38 @@ def test_a_dataset_that_fails_names_silo_and_file(silos, workers):
         train(linear_model(), broken, step=Step(workers=workers))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pixel_that_is_no_number_names_silo_and_example(silos, value, workers):
+    x, y = silos[0].train
+    x = x.clone()
+    x[17, 0, 2, 3] = value
+    silo = SimpleNamespace(name="a", train=Pairs(x, y))
+    message = r"silo 'a', .*example\(s\) \[17\]; correct or leave them out"
+    with pytest.raises(RuntimeError, match=message):
+        train(linear_model(), silo, step=Step(workers=workers))
+    with pytest.raises(RuntimeError, match=r"the test set, .*example\(s\) \[17\]"):
+        evaluate(linear_model(), silo.train)
+    x[17, 0, 2, 3] = 3e38  # their sum is infinite, but they are numbers
+    x[17, 0, 2, 4] = 3e38
+    assert Pairs(x, y)[17][0].sum().isinf()
+    training._check_pixels(x, list(range(len(x))))
+
+
 def test_examples_that_do_not_fit_name_the_silo(silos):
     x, y = silos[0].train
     mixed = SimpleNamespace(name="a", train=Pairs([*x[:20], *x[20:, :, :8]], y))
     with pytest.raises(RuntimeError, match="'a', examples .*give all images one size"):
         train(linear_model(), mixed)
+    colour = [*x[:20], *x[20:].expand(-1, 3, -1, -1)]
+    mixed = SimpleNamespace(name="a", train=Pairs(colour, y))
+    with pytest.raises(RuntimeError, match="'a', examples .*number of channels"):
+        train(linear_model(), mixed)
     with pytest.raises(RuntimeError, match="silo 'a': IndexError.*labels must be 0 to"):
         train(linear_model(), SimpleNamespace(name="a", train=(x, y + 2)))
     outline = SimpleNamespace(name="a", train=(x, torch.zeros(40, 1, 9, 9)))
     loss = nn.functional.binary_cross_entropy_with_logits
-    with pytest.raises(RuntimeError, match=r"silo 'a': .*size \(torch.Size\(\[8, 1, 9"):
+    with pytest.raises(RuntimeError, match=r"'a': .*\[8, 1, 9.*give masks a channel"):
         train(nn.Conv2d(1, 1, 3, padding=1), outline, loss_fn=loss)
     with pytest.raises(ValueError, match="silo 'a' has 0 inputs"):
         train(linear_model(), SimpleNamespace(name="a", train=Pairs(x[:0], y[:0])))

@@ -22,7 +22,7 @@ from fl_helpers.silos import Silo, make_silos, partition_by_site
 from fl_helpers.training import Step, cosine_schedule, sgd_client
 
 IMAGES = "images"  # images/<hospital>/<class>/<patient>_<number>.png, or .dcm
-CLASSES = 2
+CLASSES = ("sick", "well")  # names of the folders, in order: the same everywhere
 
 
 def client(data: Path, settings: dict[str, Any]) -> Client:
@@ -49,15 +49,19 @@ def network(up_to: str, *, weights: str | Path | None = None) -> nn.Module:
 
     weights: as in `torchvision_model`; a hospital needs none, it gets the run's.
     """
-    model = torchvision_model("resnet18", CLASSES, in_channels=1, weights=weights)
+    model = torchvision_model("resnet18", len(CLASSES), in_channels=1, weights=weights)
     return freeze(model, up_to=up_to)
 
 
 def load_silo(data: Path, *, image_size: int) -> Silo:
     """Index the hospital's own folder; a fifth of the patients is held out."""
     index = index_images(data / IMAGES, patient_of=patient_of, damaged="skip")
-    if len(index.classes) != CLASSES:
-        raise ValueError(f"{data} has the classes {index.classes}, not {CLASSES}")
+    if index.classes != CLASSES:
+        raise ValueError(
+            f"{sorted(set(index.site.tolist()))} in {data / IMAGES} has the classes "
+            f"{index.classes}, not {CLASSES}; name its folders as all hospitals do, or "
+            "stay out of this run"
+        )
     files = ImageFiles(index, image_size=image_size)
     how = {"test_share": 0.2, "seed": 0, "patients": index.patient}
     (silo,) = make_silos(files, index.y, partition_by_site(index.site), **how)
