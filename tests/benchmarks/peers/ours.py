@@ -1,5 +1,6 @@
 """`fl_helpers.simulation.run_rounds`: silos in threads, one per core."""
 
+import copy
 import threading
 import time
 
@@ -10,19 +11,19 @@ from fl_helpers.simulation import Execution, Terms, run_rounds
 from fl_helpers.training import ClientFunctions, train_locally
 
 name, workload, path, seed = arguments()
-models, ends = threading.local(), []
+first, models, ends = Model(), threading.local(), []
 
 
 def client_update(params, silo, *, round_index, rng):
     if not hasattr(models, "own"):  # each thread trains in a model of its own
-        models.own = Model()
+        models.own = copy.deepcopy(first)  # a new one would draw, in threads
     models.own.load_state_dict(params)
     options = dict(lr=LR, batch_size=workload.batch_size, rng=rng)
     return train_locally(models.own, silo, epochs=1, **options)
 
 
 history = run_rounds(
-    Model().state_dict(),
+    first.state_dict(),
     [silo(name, k) for k in range(workload.silos)],
     ClientFunctions(client_update, draws_only_from_rng=True),
     weighted_average,
