@@ -121,6 +121,8 @@ class ImageFiles(Dataset):
         requires that all images have one size.
     grayscale: one channel, else three.
     window: (lowest, highest) value of DICOM files, see `read_dicom`.
+    keep: keep each image in memory, as resized, once it was read: one byte per pixel
+        and channel, and no decoding in later epochs. For small images that are many.
 
     Grey levels are scaled by the same constants everywhere, (pixel / 255 - 0.5) / 0.25,
     as in `silos.to_tensor`. y: the class indices, int64 [N]. An error names the file.
@@ -133,11 +135,13 @@ class ImageFiles(Dataset):
         image_size: int | None = None,
         grayscale: bool = True,
         window: Window | None = None,
+        keep: bool = False,
     ) -> None:
         if image_size is None:
             _check_sizes(index)
         self.index, self.image_size = index, image_size
         self.grayscale, self.window = grayscale, window
+        self.kept: dict[int, np.ndarray] | None = {} if keep else None
         self.y = torch.from_numpy(index.y)
 
     def __len__(self) -> int:
@@ -150,7 +154,14 @@ class ImageFiles(Dataset):
         return x.contiguous(), int(self.y[row])
 
     def pixels(self, row: int) -> np.ndarray:
-        """One image, uint8 [H, W], or [H, W, 3] in colour."""
+        """One image, uint8 [H, W], or [H, W, 3] in colour; a copy."""
+        if self.kept is None:
+            return self._read(row)
+        if row not in self.kept:
+            self.kept[row] = self._read(row)
+        return self.kept[row].copy()
+
+    def _read(self, row: int) -> np.ndarray:
         path, frame = self.index.paths[row], int(self.index.frames[row])
         image = _decode(path, frame, self.window)
         image = image.convert("L" if self.grayscale else "RGB")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,8 +209,10 @@ def check_model(
     steps to time.
 
     Returns rows {check, found, ok}: ok is False where a federation would fail or
-    mislead, None where it is for you to judge. What the model itself raises with these
-    examples is raised. Draws from torch's global generator.
+    mislead, None where it is for you to judge. Bytes are of what training changes, so
+    of the head alone if the rest is frozen; those of a step are what its forward pass
+    keeps for the gradients, beside the parameters. What the model itself raises with
+    these examples is raised. Draws from torch's global generator.
     """
     x, y = examples
     model, twin = make_model(), make_model()
@@ -218,17 +221,15 @@ def check_model(
     same = torch.equal(_outputs(model, x), _outputs(twin, x))
     outputs = _outputs(model, x)
     alone = torch.cat([_outputs(model, one) for one in x.split(1)])
-    loss = loss_fn(model.train()(x), y)
+    with _counted_bytes(state.values()) as kept:
+        loss = loss_fn(model.train()(x), y)
     loss.mean().backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     without = [name for name, p in trained.items() if p.grad is None]
-    norms = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
+    batchnorm = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, batchnorm)]
     finite = bool(loss.isfinite().all()) and loss.dim() == 0
-    size = sum(value.nbytes for value in state.values())
+    size = sum(value.nbytes for name, value in state.items() if name in _trained(model))
     rows = [
         ("a second one loads its state_dict, same outputs", same, same),
         ("outputs [N, classes]", list(outputs.shape), outputs.dim() == 2),
@@ -241,13 +242,37 @@ def check_model(
         ),
         ("BatchNorm layers", len(norms), None),
         ("bytes per silo and round, both ways", 2 * size, None),
-        (
-            "gradient steps per second",
-            _steps_per_second(twin, x, y, loss_fn, steps),
-            None,
-        ),
+        ("activation bytes of a gradient step", sum(kept.values()), None),
+        ("gradient steps per second", _speed(twin, x, y, loss_fn, steps), None),
     ]
     return [dict(zip(("check", "found", "ok"), row, strict=True)) for row in rows]
+
+
+def _trained(model: nn.Module) -> set[str]:
+    """Entries that training may change, as `training.frozen_entries` counts them."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        own = [*module.parameters(recurse=False)]
+        if not own or any(p.requires_grad for p in own):
+            buffers = [name for name, _ in module.named_buffers(recurse=False)]
+            names |= {f"{path}.{name}" if path else name for name in buffers}
+    return names & model.state_dict().keys()
+
+
+@contextmanager
+def _counted_bytes(state: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes of what a forward pass keeps for the gradients, by where it lies in memory;
+    not those of the model's own state."""
+    own, kept = {value.untyped_storage().data_ptr() for value in state}, {}
+
+    def count(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+        yield kept
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -255,7 +280,7 @@ def _outputs(model: nn.Module, x: Tensor) -> Tensor:
         return model.eval()(x)
 
 
-def _steps_per_second(
+def _speed(
     model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable[..., Tensor], steps: int
 ) -> float:
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-6)

@@ -303,7 +303,7 @@ def _play(
 
 
 def run_alone(
-    params: Params,
+    params: Params | dict[str, Params],
     silos: Sequence[SiloLike],
     client: Client | ClientUpdate,
     *,
@@ -317,20 +317,39 @@ def run_alone(
     same random draws, but goes on from its own result instead of the average: a run in
     which every entry stays local.
 
-    params, silos, client: as in `run_rounds`.
+    params: as in `run_rounds`, or what another call returned, to go on from there.
+    silos, client: as in `run_rounds`.
     rounds, seed: as in `run_rounds`.
     execution: only workers and progress count.
 
-    Returns {silo name: its final params}.
+    Returns {silo name: its final params}. Raises ValueError as `run_rounds` does, and
+    for a silo that params lack.
     """
     silos = sorted(silos, key=lambda silo: silo.name)
     _check_run(silos, rounds)
     own = _as_client(client)
     only_train = _Function(own.update, draws_only_from_rng=own.draws_only_from_rng)
-    run = _Run(only_train, _average_nothing, seed, Terms(keep_local=tuple(params)))
+    starts = _starts(params, silos)
+    kept = tuple(starts[silos[0].name])
+    run = _Run(only_train, _average_nothing, seed, Terms(keep_local=kept))
     here = Execution(execution.workers, progress=execution.progress)
-    history = _first_history(params, silos, run.terms.keep_local)
+    history = History({}, local=starts)
     return _play(run, history, silos, rounds, here).local
+
+
+def _starts(
+    params: Params | dict[str, Params], silos: Sequence[SiloLike]
+) -> dict[str, Params]:
+    """Where each silo starts: from params, or from its own."""
+    if all(isinstance(value, Tensor) for value in params.values()):
+        return {silo.name: params for silo in silos}
+    lacking = [silo.name for silo in silos if silo.name not in params]
+    if lacking:
+        raise ValueError(
+            f"params are those of {sorted(params)}; they lack {lacking}, which must "
+            "have been in the earlier run, too"
+        )
+    return {silo.name: params[silo.name] for silo in silos}
 
 
 def _average_nothing(updates: Iterable[Any]) -> Params:

@@ -346,6 +346,20 @@ def test_damage_inside_is_found_by_a_thorough_look_or_when_it_is_read(tree):
         index_images(tree, thorough=True)
 
 
+def test_images_that_are_kept_are_read_once_and_never_changed(tree):
+    index = index_images(tree)
+    files, again = (ImageFiles(index, image_size=5, keep=k) for k in (True, False))
+    for path in index.paths:
+        if path.suffix == ".bmp":
+            row = index.paths.index(path)
+            before = files[row][0]
+            files.pixels(row)[:] = 77  # the reader's copy
+            path.unlink()
+            assert torch.equal(files[row][0], before)
+            with pytest.raises(ValueError, match="cannot read"):
+                again[row]
+
+
 def test_augmentation_is_for_training_only(tree):
     files = ImageFiles(index_images(tree))
     flipped = Augmented(files, lambda x: x.flip(-1))

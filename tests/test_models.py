@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fl_helpers import models
 from fl_helpers.models import (
     Ensemble,
     SmallUNet,
@@ -17,6 +18,7 @@ from fl_helpers.models import (
     smooth_cnn,
     torchvision_model,
 )
+from fl_helpers.training import frozen_entries
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
@@ -111,6 +113,33 @@ def test_check_of_a_good_model():
     assert found(check_model(lambda: small_cnn(3, norm="group"), (x, y)))[
         "BatchNorm"
     ] == (0, None)
+
+
+def test_check_counts_the_bytes_of_what_is_trained_only():
+    def head_only():
+        return freeze(small_cnn(3), up_to="body")
+
+    x, y = examples()
+    row = found(check_model(head_only, (x, y), steps=1))
+    assert row["bytes"][0] == 2 * 4 * (512 * 3 + 3)  # weights and biases, both ways
+    # The gradient of the head needs its 512 inputs for each of 8 images, that of the
+    # cross-entropy 3 log probabilities, the 8 labels and a weight, which is their sum.
+    assert row["activation"][0] == 4 * 8 * (512 + 3) + 8 * 8 + 4
+
+
+@pytest.mark.parametrize("up_to", [None, "conv1", "layer2", "layer4"])
+def test_two_files_agree_on_what_is_trained(up_to):
+    model = freeze(torchvision_model("resnet18", 2), up_to=up_to)
+    entries = set(model.state_dict())
+    assert models._trained(model) == entries - set(frozen_entries(model))
+
+
+def test_check_counts_what_a_step_keeps():
+    def linear():
+        return nn.Sequential(nn.Flatten(), nn.Linear(256, 5), nn.Tanh())
+
+    row = found(check_model(linear, examples(), loss_fn=lambda z, y: z.sum(), steps=1))
+    assert row["activation"][0] == 4 * 8 * (256 + 5)  # inputs, and outputs of the Tanh
 
 
 def test_check_finds_a_state_that_lacks_what_decides():

@@ -133,6 +133,24 @@ def test_alone_is_a_federation_of_one(silos):
         assert_equal(alone[silo.name], run([silo]).params)
 
 
+def test_alone_goes_on_from_what_each_silo_had(silos):
+    """Two calls of a round are one of two rounds, if each round draws the same."""
+    own = client(batchnorm_model)
+
+    def same_draws(params, silo, *, round_index, rng):
+        return own(params, silo, round_index=0, rng=silo_rng(0, silo.name, 0))
+
+    args = dict(seed=0, execution=Execution(progress=False))
+    first = run_alone(start(batchnorm_model), silos, same_draws, rounds=1, **args)
+    twice = run_alone(first, silos, same_draws, rounds=1, **args)
+    once = run_alone(start(batchnorm_model), silos, same_draws, rounds=2, **args)
+    for name in ("a", "b"):
+        assert_equal(twice[name], once[name])
+        assert any(not first[name][k].equal(once[name][k]) for k in once[name])
+    with pytest.raises(ValueError, match=r"those of \['a'\]; they lack \['b'\]"):
+        run_alone({"a": first["a"]}, silos, same_draws, rounds=1, **args)
+
+
 def many(silos, count):
     out = []
     for k in range(count):
