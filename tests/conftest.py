@@ -3,6 +3,7 @@
 from dataclasses import fields
 from types import SimpleNamespace
 
+import groups
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,43 @@ from fl_helpers.training import ClientFunctions
 CALM = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("calm", deadline=None, suppress_health_check=CALM)
 settings.load_profile("calm")
+
+
+def pytest_addoption(parser):
+    told = "rewrite the seconds of each group of tests in docs/timings.md"
+    parser.addoption("--write-times", action="store_true", help=told)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return groups.Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = groups.slow_first(items)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Fail when a group of tests takes a larger share of the time than it did."""
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    some = config.option.keyword or config.option.markexpr
+    everything = config.args_source is config.ArgsSource.TESTPATHS and not some
+    if hasattr(config, "workerinput") or not everything or exitstatus != 0:
+        return
+    reports = [r for all in reporter.stats.values() for r in all if hasattr(r, "when")]
+    seconds = groups.summed(reports)
+    if config.option.write_times:
+        tests = groups.counted(reports)
+        groups.write_times(seconds, tests)
+    config.grown = groups.grown(seconds, groups.read_times())
+    if config.grown:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for sentence in getattr(config, "grown", ()):
+        terminalreporter.write_line(f"FAILED {sentence}", red=True)
 
 
 @pytest.fixture(autouse=True)
