@@ -1,5 +1,7 @@
 """The image: what is in it, who runs in it, and that it can be built."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -50,3 +52,62 @@ def test_a_hospital_needs_none_of_what_the_image_leaves_out():
     code += "\n".join(f"import {name}" for name in modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def podman(folder, *words):
+    own = ["--root", folder / "images", "--runroot", folder / "run"]
+    command = ["podman", *own, "--storage-driver", "vfs", *words]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def base(tmp_path):
+    """An empty image in the place of the one that a registry has: the system and Python
+    are this machine's own, mounted while the image is built."""
+    root = tmp_path / "base"
+    for name in "dev etc opt proc root run srv sys tmp usr var".split():
+        (root / name).mkdir(parents=True)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (root / name).symlink_to(f"usr/{name}")
+    (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    (root / "etc" / "group").write_text("root:x:0:\n")
+    subprocess.run(["tar", "-C", root, "-cf", tmp_path / "base.tar", "."], check=True)
+    path = f"ENV PATH={Path(sys.executable).parent}:/usr/sbin:/usr/bin"
+    podman(tmp_path, "import", "--change", path, tmp_path / "base.tar", "fl-base")
+    return tmp_path
+
+
+@pytest.mark.skipif(
+    not shutil.which("podman") or os.geteuid() != 0,
+    reason="needs podman, as root: that the image can be built is NOT tested",
+)
+def test_it_can_be_built_and_what_is_in_it_belongs_to_root(base):
+    context = base / "context"
+    left_behind = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fl_helpers", context / "fl_helpers", ignore=left_behind)
+    # One that is there, and one that does not exist and must have been left out.
+    (context / "requirements.txt").write_text("pip>=1\njupyterlab==0.0.0\n")
+    mounted = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix])
+    volumes = [word for at in mounted for word in ("--volume", f"{at}:{at}:ro")]
+    podman(
+        base, "build", "--isolation", "chroot", "--network", "host", "--no-cache",
+        "--build-arg", "BASE=localhost/fl-base", *volumes, "--file", FILE,
+        "--tag", "fl-hospital", context,
+    )  # fmt: skip
+    (image,) = json.loads(podman(base, "image", "inspect", "fl-hospital"))
+    assert image["User"] == "10001:10001"
+    assert image["Config"]["WorkingDir"] == "/srv/fl/kit"
+    start = ["bash", "/srv/fl/kit/startup/sub_start.sh", "--once"]
+    assert image["Config"]["Entrypoint"] == start
+    root = Path(podman(base, "image", "mount", "fl-hospital"))
+    assert (root / "opt/fl/hospital.txt").read_text() == "pip>=1\n"
+    assert "fl:x:10001:10001:" in (root / "etc/passwd").read_text()
+    code = root / "opt/fl/code/fl_helpers"
+    assert len([*code.rglob("*.py")]) == len([*(ROOT / "fl_helpers").rglob("*.py")])
+    assert (code / "cross_silo/__pycache__").is_dir()
+    for path in root.rglob("*"):
+        if not path.is_symlink() and path != root / "tmp":
+            found = path.stat()
+            assert found.st_uid == 0 and not found.st_mode & 0o022, path

@@ -35,7 +35,8 @@ def mount():
 
 def load_into_the_kernel():
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(321, 0, None, 0) < 0 and ctypes.get_errno() in (1, 38):  # bpf
+    bpf = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
+    if libc.syscall(bpf, 0, None, 0) < 0 and ctypes.get_errno() in (1, 38):
         raise OSError(ctypes.get_errno(), "bpf")
 
 

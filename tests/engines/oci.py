@@ -6,6 +6,7 @@ own, read-only.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from fl_helpers.cross_silo.on_premises.site import read_site, write_site
 ROOT = Path(__file__).parents[2]
 DEFAULT_SECCOMP = Path("/usr/share/containers/seccomp.json")  # Debian's, of podman
 SIZES = {"Mi": 2**20, "Gi": 2**30}
-MACHINES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
+MACHINES = {"x86_64": ("SCMP_ARCH_X86_64", "amd64")}  # its names in the profile
+MACHINES |= {"aarch64": ("SCMP_ARCH_AARCH64", "arm64")}
 
 needs_runc = pytest.mark.skipif(
     not shutil.which("runc") or not DEFAULT_SECCOMP.exists(),
@@ -52,11 +54,11 @@ def as_mounted(source, target):
 def seccomp():
     """The default profile for a process without any capability."""
     found = json.loads(DEFAULT_SECCOMP.read_text())
-    machine = MACHINES[subprocess.check_output(["uname", "-m"], text=True).strip()]
+    machine, short = MACHINES[os.uname().machine]
     rules = []
     for rule in found["syscalls"]:
         needed, spared = rule.get("includes") or {}, rule.get("excludes") or {}
-        here = not needed.get("arches") or "amd64" in needed["arches"]
+        here = not needed.get("arches") or short in needed["arches"]
         if here and not needed.get("caps") and not spared.get("arches"):
             keys = ("names", "action", "args", "errnoRet")
             rules.append({k: rule[k] for k in keys if rule.get(k) is not None})

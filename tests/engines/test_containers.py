@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fl_helpers import exchange
@@ -38,13 +40,20 @@ silos:
 
 
 @pytest.fixture(scope="module")
-def volumes(tmp_path_factory):
-    """The pod's volumes, of a provisioned kit that has agreed to the model."""
+def kit(tmp_path_factory):
+    """A provisioned kit that has agreed to the model."""
     folder = tmp_path_factory.mktemp("pod")
     (folder / "silos.yaml").write_text(SILOS_YAML)
     provision.provision(read_federation(folder / "silos.yaml"), folder / "federation")
     kit = folder / "federation" / "kits" / "Hospital-A"
     gate.allow(kit, in_a_container.new_run().params)
+    return kit
+
+
+@pytest.fixture(scope="module")
+def volumes(kit, tmp_path_factory):
+    """The pod's volumes, of this kit."""
+    folder = tmp_path_factory.mktemp("volumes")
     rng = torch.Generator().manual_seed(0)
     x, y = torch.rand(24, 1, 16, 16, generator=rng), torch.arange(24) % 2
     silo = Silo("Hospital A", Examples(x[:16], y[:16]), Examples(x[16:], y[16:]))
@@ -109,6 +118,27 @@ def test_the_precheck_there_finds_the_kit_as_a_cluster_mounts_it(said):
     assert bad == {"connection"}  # there is no network
     for item in ("private key", "policy is protected", "user", "data folder"):
         assert rows[item] is True, item
+
+
+def test_nvflares_own_preparation_takes_the_policy_away(kit, tmp_path):
+    """Why there is a manifest of our own: `docs/on-premises.md` says so."""
+    shutil.copytree(kit, tmp_path / "kit")
+    (tmp_path / "k8s.yaml").write_text(
+        "{runtime: k8s, parent: {docker_image: 'fl-hospital:1'}}"
+    )
+    command = [sys.executable, "-m", "nvflare.cli", "deploy", "prepare", "kit"]
+    command += ["--output", "out", "--config", "k8s.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (kit / "local" / "resources.json").exists()
+    assert not (tmp_path / "out" / "local" / "resources.json").exists()
+    chart = tmp_path / "out" / "helm_chart"
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    assert values["serviceAccount"]["automountServiceAccountToken"] is True
+    template = (chart / "templates" / "client-deployment.yaml").read_text()
+    pod, container = template.split("containers:")
+    assert "securityContext" in pod and "securityContext" not in container
+    assert "secrets" in (chart / "templates" / "role.yaml").read_text()
 
 
 # ---- a run of the engine
