@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,16 +55,23 @@ def test_a_hospital_needs_none_of_what_the_image_leaves_out():
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
-def podman(folder, *words):
-    own = ["--root", folder / "images", "--runroot", folder / "run"]
-    command = ["podman", *own, "--storage-driver", "vfs", *words]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
+@pytest.fixture
+def podman(tmp_path):
+    """podman(words): what it says; its images are gone afterwards."""
+    with tempfile.TemporaryDirectory() as run:  # it takes 50 characters at most
+
+        def podman(*words):
+            own = ["--root", tmp_path / "images", "--runroot", run]
+            command = [*map(str, ["podman", *own, "--storage-driver", "vfs", *words])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout.strip()
+
+        yield podman
 
 
 @pytest.fixture
-def base(tmp_path):
+def base(podman, tmp_path):
     """An empty image in the place of the one that a registry has: the system and Python
     are this machine's own, mounted while the image is built."""
     root = tmp_path / "base"
@@ -75,16 +83,15 @@ def base(tmp_path):
     (root / "etc" / "group").write_text("root:x:0:\n")
     subprocess.run(["tar", "-C", root, "-cf", tmp_path / "base.tar", "."], check=True)
     path = f"ENV PATH={Path(sys.executable).parent}:/usr/sbin:/usr/bin"
-    podman(tmp_path, "import", "--change", path, tmp_path / "base.tar", "fl-base")
-    return tmp_path
+    podman("import", "--change", path, tmp_path / "base.tar", "fl-base")
 
 
 @pytest.mark.skipif(
     not shutil.which("podman") or os.geteuid() != 0,
     reason="needs podman, as root: that the image can be built is NOT tested",
 )
-def test_it_can_be_built_and_what_is_in_it_belongs_to_root(base):
-    context = base / "context"
+def test_it_can_be_built_and_what_is_in_it_belongs_to_root(base, podman, tmp_path):
+    context = tmp_path / "context"
     left_behind = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "fl_helpers", context / "fl_helpers", ignore=left_behind)
     # One that is there, and one that does not exist and must have been left out.
@@ -92,18 +99,18 @@ def test_it_can_be_built_and_what_is_in_it_belongs_to_root(base):
     mounted = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix])
     volumes = [word for at in mounted for word in ("--volume", f"{at}:{at}:ro")]
     podman(
-        base, "build", "--isolation", "chroot", "--network", "host", "--no-cache",
+        "build", "--isolation", "chroot", "--network", "host", "--no-cache",
         "--build-arg", "BASE=localhost/fl-base", *volumes, "--file", FILE,
         "--tag", "fl-hospital", context,
     )  # fmt: skip
-    (image,) = json.loads(podman(base, "image", "inspect", "fl-hospital"))
+    (image,) = json.loads(podman("image", "inspect", "fl-hospital"))
     assert image["User"] == "10001:10001"
     assert image["Config"]["WorkingDir"] == "/srv/fl/kit"
     start = ["bash", "/srv/fl/kit/startup/sub_start.sh", "--once"]
     assert image["Config"]["Entrypoint"] == start
-    root = Path(podman(base, "image", "mount", "fl-hospital"))
+    root = Path(podman("image", "mount", "fl-hospital"))
     assert (root / "opt/fl/hospital.txt").read_text() == "pip>=1\n"
-    assert "fl:x:10001:10001:" in (root / "etc/passwd").read_text()
+    assert ":10001:10001:" in (root / "etc/passwd").read_text()
     code = root / "opt/fl/code/fl_helpers"
     assert len([*code.rglob("*.py")]) == len([*(ROOT / "fl_helpers").rglob("*.py")])
     assert (code / "cross_silo/__pycache__").is_dir()
