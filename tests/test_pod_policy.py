@@ -102,6 +102,9 @@ WEAKER = {  # what is changed: where, to what; the field that is named, and the 
              "[/srv/fl/kit/startup].readOnly", "set true: keys"),
     "policy in the kit": ([*BOX, "volumeMounts", 2], GONE, "[/srv/fl/kit/local]",
                           "read-only"),
+    "no kit": ([*BOX, "volumeMounts", 0], GONE, "[/srv/fl/kit] is no claim", "outlive"),
+    "a kit that goes": ([*BOX, "volumeMounts", 0, "name"], "tmp",
+                        "[/srv/fl/kit] is no claim", "outlive"),
     "files of the node": ([*POD, "volumes", "+"],
                           {"name": "h", "hostPath": {}}, "volumes[h].hostPath",
                          "take a claim"),
@@ -140,6 +143,8 @@ def test_what_is_as_closed_in_other_words_is_accepted(documents):
     assert pod_policy.weaknesses(documents) == []
     documents[2]["kind"] = "Deployment"
     assert pod_policy.weaknesses([{"kind": "List", "items": documents}]) == []
+    volume = {"name": "kit", "persistentVolumeClaim": {"claimName": "kit"}}
+    body["spec"]["volumes"].append(volume)
     documents[2] = {"kind": "Pod", **body, "metadata": documents[2]["metadata"]}
     documents[2]["metadata"]["labels"] = {"app": "fl-hospital"}
     assert pod_policy.weaknesses(documents) == []

@@ -133,8 +133,17 @@ def _pod_rules(pod: Pod) -> Iterator[str]:
 
 def _container_rules(pod: Pod) -> Iterator[str]:
     kinds = ("containers", "initContainers", "ephemeralContainers")
-    if not _each(pod.spec, "containers"):
-        yield f"{pod.where}: containers is empty; give the pod's whole manifest"
+    boxes = _each(pod.spec, "containers")
+    passing = [
+        _at(v, "name")
+        for v in _each(pod.spec, "volumes")
+        if _at(v, "emptyDir") is not None
+    ]
+    mounts = [mount for box in boxes for mount in _each(box, "volumeMounts")]
+    held = [_at(m, "name") for m in mounts if _at(m, "mountPath") == KIT]
+    if not held or any(name in passing for name in held):
+        remedy = "mount a claim there: ledger and accounts must outlive the pod"
+        yield f"{pod.where}: volumeMounts[{KIT}] is no claim; {remedy}"
     for kind in kinds:
         for container in _each(pod.spec, kind):
             where = f"{pod.where}: {kind}[{_at(container, 'name')}]"
