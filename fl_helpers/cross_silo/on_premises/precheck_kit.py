@@ -116,11 +116,13 @@ def _identity(kit: Path) -> Verdict:
 
 
 def _key(kit: Path) -> Verdict:
-    if _key_file(kit).stat().st_mode & 0o077:
+    found = _key_file(kit).stat()
+    lent = found.st_uid == 0 != os.geteuid()  # root's, and read by our group only
+    if found.st_mode & (0o037 if lent else 0o077):
         said = "other users of this machine can read or change the private key"
         remedy = "if it may have been copied, ask for a new kit"
         return False, said, f"chmod 600 startup/{_key_file(kit).name}; {remedy}"
-    return True, "only its owner can read it", ""
+    return True, "nobody else on this machine can read it", ""
 
 
 def _policy(kit: Path) -> Verdict:
@@ -147,6 +149,8 @@ def _policy(kit: Path) -> Verdict:
 
 
 def _policy_rights(kit: Path) -> Verdict:
+    if os.statvfs(kit / "local").f_flag & os.ST_RDONLY:
+        return True, "it is mounted read-only", ""
     paths = [kit / "local", *(kit / "local").iterdir()]
     remedy = f"chown root:fl and chmod as in {GUIDE}, The hospital's page"
     if any(path.stat().st_mode & 0o022 for path in paths):
