@@ -89,12 +89,7 @@ def silo_life_table(
     """
     check_survival(data)
     bounds = np.asarray(edges, dtype=np.float64)
-    if (
-        bounds.ndim != 1
-        or len(bounds) < 2
-        or bounds[0] != 0
-        or (np.diff(bounds) <= 0).any()
-    ):
+    if bounds.ndim != 1 or bounds.size < 2 or bounds[0] or (np.diff(bounds) <= 0).any():
         raise ValueError(f"edges must increase from 0, got {list(edges)}")
     inside = np.searchsorted(bounds, data.time, side="left") - 1  # len(bounds)-1: later
     counted = np.stack([data.event, ~data.event]) & (inside < len(bounds) - 1)
@@ -155,10 +150,17 @@ def silo_log_rank(
 ) -> dict[str, np.ndarray]:
     """Observed and expected events of groups, at this silo's own event times.
 
-    group: the column of x that holds the group, 0 to groups - 1. Returns observed and
-    expected [G] and variance [G, G] (hypergeometric).
+    group: the column of x that holds the group, 0 to groups - 1. min_events: no group
+    may have 1 to min_events - 1 patients or events. Returns observed and expected [G]
+    and variance [G, G] (hypergeometric).
     """
     _check_events(data, min_events)
+    place = np.unique(data.x[:, group], return_inverse=True)[1]
+    few = [
+        0 < n < min_events for v in (place, place[data.event]) for n in np.bincount(v)
+    ]
+    if any(few):  # before the next error, which would say whether there is such a one
+        raise TooFewEvents(f"a group has fewer than {min_events} patients or events")
     member = data.x[:, group].astype(np.int64)
     if not np.array_equal(member, data.x[:, group]) or not set(member) <= {
         *range(groups)

@@ -115,6 +115,13 @@ def test_missing_values_count_and_few_values_do_not_leave():
     assert found == {"age": Column(20, 12, 9.5, 20 * (20**2 - 1) / 12)}
 
 
+def test_a_column_that_few_differ_in_is_left_out():
+    """The mean of a yes-or-no column times the rows is a count: here of three."""
+    for few, kept in ((3, []), (10, ["hiv"]), (37, []), (0, ["hiv"])):
+        found = local_table("A", {"hiv": (np.arange(40) < few) * 1.0})
+        assert [*found] == kept, few
+
+
 def test_the_standardised_difference_by_hand():
     # Means 0 and 1, both variances 4: half a standard deviation.
     a, b = Column(50, 0, 0.0, 200.0), Column(100, 0, 1.0, 400.0)

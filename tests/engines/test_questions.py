@@ -54,6 +54,9 @@ def tables(n=60):
     scored = validation.Scored(1 / (1 + np.exp(-table.x[:, 0])), table.y == 1, half * 1)
     found = {"regression": table, "validation": scored}
     found["trees"] = trees.Rows(table.x, table.y)
+    days = np.arange(1.0, n + 1)  # an event a day, but every third is censored
+    found["survival"] = survival.Survival(days, np.arange(n) % 3 > 0, table.x)
+    found["federated_statistics"] = {"row": days}
     return Tables(n, found, columns={"row": np.arange(n), "half": half * 1.0})
 
 
@@ -289,6 +292,103 @@ def test_a_fit_writes_its_cohort_once_and_before_the_answer(kit, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(TooFew, match="differs from that of"):
         ask(kit, where={"row": (0, 38)})
+
+
+SURVIVAL, CONFUSION = "fl_helpers.survival:", "fl_helpers.validation:silo_confusion"
+
+
+def test_two_life_tables_do_not_give_away_who_lies_between(kit):
+    """Of days 1 to 60, every third without an event: 20 events until day 30."""
+    allow_questions(kit)
+    table = SURVIVAL + "silo_life_table"
+    assert ask(kit, table, edges=[0, 30]).arrays["events"].tolist() == [20]
+    with pytest.raises(TooFew, match="differs from that of"):
+        ask(kit, table, edges=[0, 32])  # one event more
+    with pytest.raises(TooFew):
+        ask(kit, table, edges=[0, 32], where={"half": (0, None)})  # all patients, too
+    assert ask(kit, table, edges=[0, 30, 45]).arrays["events"].tolist() == [20, 10]
+    with pytest.raises(Denied, match="101 intervals or bins"):
+        ask(kit, table, edges=[0, *np.linspace(30, 30.1, 100).tolist()])
+
+
+def test_two_thresholds_do_not_give_away_who_lies_between(kit):
+    allow_questions(kit)
+    data = tables().tables["validation"]
+    at = np.sort(data.score[data.y])
+    first, near = at[12] + 1e-9, at[13] + 1e-9  # one of the ill is between
+
+    def confusion(threshold, **more):
+        settings = {"threshold": float(threshold), "groups": 2}
+        return ask(kit, CONFUSION, **settings, **more).arrays["counts"]
+
+    assert confusion(first).sum() == 60
+    with pytest.raises(TooFew, match="differs from that of"):
+        confusion(near)
+    assert confusion(first, where={"half": (0, 1)}).sum() == 60  # the same cohort
+    assert confusion(near, where={"half": (1, 1)}).sum() == 30  # it is another one
+
+
+def test_bins_and_a_threshold_are_compared_and_so_are_two_kinds_of_bins(kit):
+    allow_questions(kit)
+
+    def asked(function, **settings):
+        text = Question(f"fl_helpers.validation:{function}", settings).text()
+        return answer(kit, "A", tables(300), text, 1).arrays
+
+    assert len(asked("finest_counts", most=2)["ill"]) == 2  # so a half is cut
+    asked("silo_confusion", threshold=0.5, groups=2)
+    asked("silo_score_counts", bins=2)
+    for threshold in (0.49, 0.51):
+        with pytest.raises(TooFew, match="differs from that of"):
+            asked("silo_confusion", threshold=threshold, groups=2)
+    asked("silo_confusion", threshold=0.25, groups=2)  # many are between
+
+
+def test_what_was_cut_is_written_before_it_leaves(kit, monkeypatch):
+    allow_questions(kit)
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(questions.CohortLedger, "admit_part", full)
+    with pytest.raises(OSError, match="disk full"):
+        ask(kit, CONFUSION, threshold=0.5, groups=2)
+    monkeypatch.undo()
+    ask(kit, CONFUSION, threshold=0.5, groups=2)
+    found = (kit / COHORTS).read_text().splitlines()
+    # All patients, the ill and the healthy below, and the same of two groups.
+    assert len(found) == 1 + 2 + 4
+
+
+def test_two_sketches_differ_by_as_many_rows_as_one_needs(kit):
+    allow_questions(kit)
+    sketch = "fl_helpers.federated_statistics:silo_sketch"
+
+    def asked(low, high):
+        text = Question(sketch, {}, "", {"row": [low, high]}).text()
+        return answer(kit, "A", tables(200), text, 1).arrays["rows"]
+
+    assert asked(0, 99) == 100
+    with pytest.raises(TooFew, match="fewer than 64 rows"):
+        asked(0, 129)  # the sketch of 30 by subtraction
+    assert asked(0, 163) == 164
+
+
+def test_a_group_of_few_has_no_log_rank_test(kit):
+    """Observed and expected events of a group of one are the patient's own."""
+    allow_questions(kit)
+    found = tables()
+    data = found.tables["survival"]
+    for few, fine in ((np.arange(60) == 20, False), (np.arange(60) % 2 == 0, True)):
+        found.tables["survival"] = data._replace(x=np.column_stack([few, few]) * 1.0)
+        text = Question(SURVIVAL + "silo_log_rank", {"group": 0, "groups": 2}).text()
+        if fine:
+            assert answer(kit, "A", found, text, 1).arrays["observed"].sum() == 40
+            continue
+        for groups in (1, 2):  # nor does it say whether there is somebody
+            asked = Question(SURVIVAL + "silo_log_rank", {"group": 0, "groups": groups})
+            with pytest.raises(survival.TooFewEvents, match="a group has fewer"):
+                answer(kit, "A", found, asked.text(), 1)
 
 
 def test_a_damaged_ledger_of_cohorts_answers_nothing(kit):
