@@ -547,3 +547,44 @@ def test_what_the_rules_do_not_stop(kit):
     ]
     patient = rows().x[np.flatnonzero(rows().x[:, 0] == x[21])[0]]
     np.testing.assert_allclose(sent[1] - sent[0], [1, *patient], rtol=1e-9)
+
+
+def test_what_a_rare_column_says(kit):
+    """One patient has a 1 in it: what is added up over its ones is that patient.
+    docs/security.md says so, and what else passes below."""
+    allow_questions(kit)
+    found = tables()
+    data, rare = found.tables["regression"], np.arange(60) == 7
+    x = np.column_stack([data.x, rare])
+    found.tables["regression"] = data._replace(x=x)
+    text = Question(LINEAR, {"beta": [0.0] * 4}).text()
+    sent = answer(kit, "A", found, text, 1).arrays
+    assert sent["information"][3].tolist() == [1, *x[7]]
+    assert sent["gradient"][3] == data.y[7]
+
+
+def test_what_a_leaf_of_one_patient_says(kit):
+    allow_questions(kit)
+    data = tables().tables["trees"]
+    edge = float(np.sort(data.x[:, 0])[-2:].mean())  # one patient is above
+    leaf = {key: [value] * 3 for key, value in trees.LEAF.items()}
+    leaf |= {"left": [1, -1, -1], "right": [2, -1, -1], "code": [1, 0, 0]}
+    leaf["value"] = [0.0, 0.0, 1000.0]
+    model = {"bins": {"names": ["a", "b"], "edges": [[edge], []]}, "base": 0.0}
+    model["bins"]["categories"] = [0, 0]
+    loss = [
+        float(ask(kit, "fl_helpers.trees:silo_loss", model=model | {"trees": t})
+        .arrays["loss"]) for t in ([], [leaf])
+    ]  # fmt: skip
+    ill = data.y[data.x[:, 0].argmax()]
+    # log(1 + exp(1000)) for a healthy one, 0 for an ill one, log(2) before.
+    assert loss[1] - loss[0] == pytest.approx(1000 * (1 - ill) - np.log(2))
+
+
+def test_what_a_refusal_says(kit):
+    """The first event is on day 2: no event until day 1 is answered, until 2 not."""
+    allow_questions(kit)
+    table = SURVIVAL + "silo_life_table"
+    assert ask(kit, table, edges=[0, 1, 30]).arrays["events"].tolist() == [0, 20]
+    with pytest.raises(survival.TooFewEvents):
+        ask(kit, table, edges=[0, 2, 30])
