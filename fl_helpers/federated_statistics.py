@@ -164,6 +164,8 @@ def _numbers(
             f"silo {silo!r}, column {name!r} holds text; give numbers, or list it in "
             "categories"
         ) from None
+    if np.isinf(numbers).any():
+        raise ValueError(f"silo {silo!r}, column {name!r} has infinite values")
     return numbers if keep else numbers[~np.isnan(numbers)]
 
 
@@ -286,8 +288,8 @@ def unit_warnings(
     """Silos whose numbers are of another order of magnitude, as a sentence for each.
 
     tables: {silo: `local_table`}. Compared is the root mean square of a column of
-    numbers, which another unit multiplies by exactly its factor, with the median of
-    the other silos; of two silos, both are named.
+    numbers, which another unit multiplies by exactly its factor, with the median of all
+    silos; of two silos with the other, so that both are named.
     """
     rows = dict.fromkeys(r for table in tables.values() for r in table if ": " not in r)
     said = []
@@ -298,8 +300,8 @@ def unit_warnings(
             if row in table
         }
         for silo, own in size.items():
-            others = [v for other, v in size.items() if other != silo]
-            usual = float(np.median(others)) if others else 0.0
+            others = [v for other, v in size.items() if other != silo] or [0.0]
+            usual = float(np.median(others if len(others) < 2 else [*size.values()]))
             if usual > 0 and not usual / factor < own < usual * factor:
                 said.append(
                     f"silo {silo!r}, column {row!r}: values of about {own:.3g}, "
