@@ -290,12 +290,12 @@ def test_trees_are_those_of_the_simulation_bit_for_bit(begin):
     server = begin()
     ask = Ask(server)
     bins = trees.even_bins({"a": (-3.0, 3.0), "b": (-3.0, 3.0)}, bins=4)
-    growth = trees.Growth(trees=2, depth=2, rate=0.3)
+    growth = trees.Growth(trees=2, depth=1, rate=0.3)
     grown = [
         trees.fit_trees(of, bins, growth=growth).to_json()
         for of in (ask, in_one_process(server, "trees"))
     ]
-    assert grown[0] == grown[1] and ask.questions == 1 + 2 * 3
+    assert grown[0] == grown[1] and ask.questions == 1 + 2 * 2  # a tree has two levels
     assert len(trees.trees_from_json(grown[0]).trees) == 2
 
 
