@@ -1,7 +1,9 @@
 """What a hospital answers, and what it refuses, without any process."""
 
+import fcntl
 import json
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,6 +208,7 @@ def test_a_forged_question_is_refused(text):
     ("settings", "message"),
     [
         ({"beta": [0.0] * 3, "min_rows": 1}, "min_rows must be at least 10"),
+        ({"beta": [0.0] * 3, "min_rows": 9}, "min_rows must be at least 10"),
         ({"beta": [0.0] * 3, "min_rows": 9.9}, "whole number"),
         ({"beta": [0.0] * 3, "min_rows": True}, "whole number"),
         ({"beta": [0.0] * 3, "data": [[1]]}, "settings of fl_helpers.regression"),
@@ -389,6 +392,33 @@ def test_a_group_of_few_has_no_log_rank_test(kit):
             asked = Question(SURVIVAL + "silo_log_rank", {"group": 0, "groups": groups})
             with pytest.raises(survival.TooFewEvents, match="a group has fewer"):
                 answer(kit, "A", found, asked.text(), 1)
+
+
+def test_two_runs_ask_one_after_the_other(kit):
+    """Or neither would see the other's cohort, which differs by one patient."""
+    allow_questions(kit)
+    ask(kit, where={"row": (0, 29)})
+    thread = threading.Thread(target=ask, args=(kit,))
+    with (kit / COHORTS).with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert len((kit / COHORTS).read_text().splitlines()) == 1
+    thread.join()
+    assert len((kit / COHORTS).read_text().splitlines()) == 2
+
+
+def test_other_columns_or_other_rows_are_other_data():
+    """Else a row that is in two secure sums could be taken for another patient."""
+    whole = Tables(3, {}, {"regression": np.ones(3)}, {"age": np.arange(3)})
+    others = [
+        Tables(4, {}, whole.rows, whole.columns),
+        Tables(3, {}, {"regression": np.arange(3) > 0}, whole.columns),
+        Tables(3, {}, {"trees": np.ones(3)}, whole.columns),
+        Tables(3, {}, whole.rows, {"age": np.arange(3)[::-1]}),
+    ]
+    assert len({*map(questions._data_digest, [whole, *others])}) == 5
 
 
 def test_a_damaged_ledger_of_cohorts_answers_nothing(kit):
