@@ -131,7 +131,8 @@ def suppress_small(counts: Any, *, minimum: int = 10) -> np.ndarray:
     that add up to less than `minimum`, or just one hidden cell (the margin minus the
     others would give it away), the smallest cell that is left there is hidden too,
     zeros last, until nothing changes (complementary suppression; Hundepool et al. 2012,
-    ch. 4). Returns float64, NaN where hidden. Raises ValueError for other counts.
+    ch. 4), and until no hidden cell follows from several margins together. Returns
+    float64, NaN where hidden. Raises ValueError for other counts.
     """
     table = np.asarray(counts)
     if table.ndim not in (1, 2) or table.dtype.kind not in "iu" or (table < 0).any():
@@ -148,9 +149,32 @@ def suppress_small(counts: Any, *, minimum: int = 10) -> np.ndarray:
             for line, mask in zip(lines, masks, strict=True)
             if len(line) > 1
         ]
-    ):
+    ) or _hide_near_found(values, hidden):
         pass
     return np.where(hidden, np.nan, values).reshape(table.shape)
+
+
+def _hide_near_found(values: np.ndarray, hidden: np.ndarray) -> bool:
+    """Hide a cell more (in place) if margins have one solution only for a hidden one.
+
+    Such a cell is the same in all solutions: 0 in each vector of the null space.
+    """
+    if not hidden.any() or hidden.all():
+        return False
+    rows, columns = np.nonzero(hidden)
+    lines = [rows == k for k in range(len(values)) if values.shape[1] > 1]
+    lines += [columns == k for k in range(values.shape[1]) if len(values) > 1]
+    _, sizes, basis = np.linalg.svd(np.array(lines, dtype=np.float64))
+    free = np.abs(basis[(sizes > 1e-9).sum() :]).max(axis=0, initial=0)
+    found = np.flatnonzero(free < 1e-9)
+    if not len(found):
+        return False
+    near = np.zeros_like(hidden)
+    near[rows[found[0]]] = near[:, columns[found[0]]] = True
+    choice = ~hidden & near if (~hidden & near).any() else ~hidden
+    order = np.where(choice, np.where(values == 0, 1e300, values), np.inf)
+    hidden[np.unravel_index(order.argmin(), order.shape)] = True
+    return True
 
 
 def _hide_one_more(line: np.ndarray, hidden: np.ndarray, minimum: int) -> bool:
@@ -189,10 +213,19 @@ class CohortLedger:
         in words, for whoever reads the file. data: the version of the data that the
         rows belong to, such as a hash; other versions are not compared.
         """
-        mask = np.asarray(rows)
-        if mask.dtype != bool or mask.ndim != 1:
-            raise ValueError(f"rows must be bool [N], got {mask.dtype} {mask.shape}")
+        mask = _mask_of(rows)
         check_count(int(mask.sum()), minimum=self.minimum)
+        self._admit(mask, about, data)
+
+    def admit_part(self, rows: Any, *, about: str, data: str) -> None:
+        """As `admit`, for whom a cut point of an answer separates from the others.
+
+        A part may have few rows, or none: what counts is how it differs from the parts
+        before. data: what is cut, with the cohort; parts of others are not compared.
+        """
+        self._admit(_mask_of(rows), about, data)
+
+    def _admit(self, mask: np.ndarray, about: str, data: str) -> None:
         known = False
         for earlier, version, its_about in self._asked:
             if version != data or len(earlier) != len(mask):
@@ -216,6 +249,13 @@ class CohortLedger:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _mask_of(rows: Any) -> np.ndarray:
+    mask = np.asarray(rows)
+    if mask.dtype != bool or mask.ndim != 1:
+        raise ValueError(f"rows must be bool [N], got {mask.dtype} {mask.shape}")
+    return mask
 
 
 def _digest(entry: Mapping[str, Any]) -> str:

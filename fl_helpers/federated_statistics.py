@@ -130,7 +130,8 @@ def local_table(
     the position of each row's category, -1 where missing. categories: {name: what its
     values are called}. min_rows: what describes 1 to min_rows - 1 rows, or all but so
     few, is left out: a small category, and the next smallest with it; a column with few
-    values; a count of few missing ones shows as 0.
+    values, or of which all but few are the same; a count of few missing ones shows as 0
+    (who knows the number of rows can still take the count of the others from it).
     Returns {name or "name: category": Column}. Raises ValueError, naming the silo.
     """
     categories, found = categories or {}, {}
@@ -145,7 +146,7 @@ def local_table(
             found |= {f"{name}: {label}": part for label, part in parts.items()}
         else:
             there = _numbers(silo, name, values)
-            if len(there) >= min_rows:
+            if len(there) >= min_rows and not _few_differ(there, min_rows):
                 missing = _unless_small(len(values) - len(there), min_rows)
                 squares = float(((there - there.mean()) ** 2).sum())
                 found[name] = Column(len(there), missing, float(there.mean()), squares)
@@ -163,7 +164,14 @@ def _numbers(
             f"silo {silo!r}, column {name!r} holds text; give numbers, or list it in "
             "categories"
         ) from None
+    if np.isinf(numbers).any():
+        raise ValueError(f"silo {silo!r}, column {name!r} has infinite values")
     return numbers if keep else numbers[~np.isnan(numbers)]
+
+
+def _few_differ(values: np.ndarray, limit: int) -> bool:
+    """Whether all but 1 to limit - 1 values are the same: a mean would count them."""
+    return 0 < len(values) - np.unique(values, return_counts=True)[1].max() < limit
 
 
 def _unless_small(count: int, limit: int) -> int:
@@ -280,8 +288,8 @@ def unit_warnings(
     """Silos whose numbers are of another order of magnitude, as a sentence for each.
 
     tables: {silo: `local_table`}. Compared is the root mean square of a column of
-    numbers, which another unit multiplies by exactly its factor, with the median of
-    the other silos; of two silos, both are named.
+    numbers, which another unit multiplies by exactly its factor, with the median of all
+    silos; of two silos with the other, so that both are named.
     """
     rows = dict.fromkeys(r for table in tables.values() for r in table if ": " not in r)
     said = []
@@ -292,8 +300,8 @@ def unit_warnings(
             if row in table
         }
         for silo, own in size.items():
-            others = [v for other, v in size.items() if other != silo]
-            usual = float(np.median(others)) if others else 0.0
+            others = [v for other, v in size.items() if other != silo] or [0.0]
+            usual = float(np.median(others if len(others) < 2 else [*size.values()]))
             if usual > 0 and not usual / factor < own < usual * factor:
                 said.append(
                     f"silo {silo!r}, column {row!r}: values of about {own:.3g}, "

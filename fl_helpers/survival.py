@@ -82,19 +82,15 @@ def silo_life_table(
     """Patients at risk and events in each interval of time.
 
     edges: [B + 1], increasing, from 0 on; interval b is (edges[b], edges[b + 1]].
-    min_count: no interval may have 1 to min_count - 1 events or patients at risk; 0
-    where only the sum over silos is seen, with the rule applied there.
+    min_count: no interval may have 1 to min_count - 1 events or patients at risk (but
+    so few may leave in it); 0 where only the sum over silos is seen, with the rule
+    applied there.
     Returns int64 [B]: at_risk (at the start of an interval), events, censored (in it).
     Raises `TooFewEvents` for small cells; ask again with longer intervals.
     """
     check_survival(data)
     bounds = np.asarray(edges, dtype=np.float64)
-    if (
-        bounds.ndim != 1
-        or len(bounds) < 2
-        or bounds[0] != 0
-        or (np.diff(bounds) <= 0).any()
-    ):
+    if bounds.ndim != 1 or bounds.size < 2 or bounds[0] or (np.diff(bounds) <= 0).any():
         raise ValueError(f"edges must increase from 0, got {list(edges)}")
     inside = np.searchsorted(bounds, data.time, side="left") - 1  # len(bounds)-1: later
     counted = np.stack([data.event, ~data.event]) & (inside < len(bounds) - 1)
@@ -155,14 +151,19 @@ def silo_log_rank(
 ) -> dict[str, np.ndarray]:
     """Observed and expected events of groups, at this silo's own event times.
 
-    group: the column of x that holds the group, 0 to groups - 1. Returns observed and
-    expected [G] and variance [G, G] (hypergeometric).
+    group: the column of x that holds the group, 0 to groups - 1. min_events: no group
+    may have 1 to min_events - 1 patients or events. Returns observed and expected [G]
+    and variance [G, G] (hypergeometric).
     """
     _check_events(data, min_events)
+    place = np.unique(data.x[:, group], return_inverse=True)[1]
+    few = [
+        0 < n < min_events for v in (place, place[data.event]) for n in np.bincount(v)
+    ]
+    if any(few):  # before the next error, which would say whether there is such a one
+        raise TooFewEvents(f"a group has fewer than {min_events} patients or events")
     member = data.x[:, group].astype(np.int64)
-    if not np.array_equal(member, data.x[:, group]) or not set(member) <= {
-        *range(groups)
-    }:
+    if not np.isin(data.x[:, group], np.arange(groups)).all():
         raise ValueError(f"column {group} must hold whole numbers 0 to {groups - 1}")
     one_hot = np.eye(groups)[member]
     observed, expected = np.zeros(groups), np.zeros(groups)
@@ -214,6 +215,8 @@ def silo_cox(
     beta: [F] log hazard ratios. Returns loglik (number), gradient [F], information
     [F, F] (minus the Hessian), events and patients (numbers).
     """
+    if ties not in ("breslow", "efron"):
+        raise ValueError(f"ties must be breslow or efron, got {ties!r}")
     _check_events(data, min_events)
     weight = np.asarray(beta, dtype=np.float64)
     if weight.shape != (data.x.shape[1],):

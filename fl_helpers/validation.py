@@ -206,6 +206,22 @@ def average_precision(counts: Counts) -> float:
     return float(precision @ ill / ill.sum())
 
 
+def average_precision_bounds(counts: Counts) -> tuple[float, float]:
+    """(lowest, highest) average precision that scores with these counts can have.
+
+    Lowest: in each bin the healthy rank above the ill; highest: all ill of a bin share
+    a score, and no healthy patient of the bin has one as high.
+    """
+    low, high, above = [], [], np.zeros(2)
+    for bin_counts in zip(counts["ill"][::-1], counts["healthy"][::-1], strict=True):
+        ill, healthy = map(int, bin_counts)
+        found = above[0] + np.arange(1, ill + 1)
+        low += [*(found / (found + above[1] + healthy))]
+        high += [(above[0] + ill) / max(above.sum() + ill, 1)] * ill
+        above += ill, healthy
+    return float(np.mean(low)), float(np.mean(high))
+
+
 def brier_score(counts: Counts) -> float:
     """Mean squared error of the probabilities."""
     return float(counts["brier"]) / float(counts["ill"].sum() + counts["healthy"].sum())
@@ -260,9 +276,10 @@ def silo_confusion(
     """True and false positives and negatives at a threshold, for each subgroup.
 
     groups: how many there are. min_count: a subgroup with fewer ill or healthy patients
-    (but some) is withheld: its row is 0. If that is one alone, the next smallest is
-    withheld too, since the total minus the others would give it away. The rule is about
-    whom a share is of: of ten ill patients, that one was missed is said.
+    (but some) is withheld: its row is 0. If that is one alone, or those withheld are
+    too few together, the next smallest is withheld too, since the total minus the
+    others would give them away. The rule is about whom a share is of: of ten ill
+    patients, that one was missed is said.
     Returns counts int64 [groups, 4] (true positives, false negatives, false positives,
     true negatives) and withheld [groups], 0 or 1; its sum over silos says in how many
     silos a subgroup is missing.
@@ -271,17 +288,25 @@ def silo_confusion(
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
     if data.group.max() >= groups:
-        raise ValueError(f"a group is {data.group.max()}, there are {groups}")
+        raise ValueError(f"some patients are in none of {groups} groups, 0 and up")
     kind = 2 * ~data.y + (data.score < threshold)
     counts = np.bincount(data.group * 4 + kind, minlength=4 * groups).reshape(groups, 4)
-    ill, healthy = counts[:, :2].sum(axis=1), counts[:, 2:].sum(axis=1)
-    withheld = ((ill + healthy) > 0) & (np.minimum(ill, healthy) < min_count)
-    others = ~withheld & ((ill + healthy) > 0)
-    if withheld.sum() == 1 and others.any():
-        size = np.where(others, ill + healthy, np.iinfo(np.int64).max)
-        withheld[int(size.argmin())] = True
+    withheld = _withheld(counts.reshape(groups, 2, 2).sum(axis=2), min_count)
     counts[withheld] = 0
     return {"counts": counts, "withheld": withheld.astype(np.int64)}
+
+
+def _withheld(kinds: np.ndarray, min_count: int) -> np.ndarray:
+    """Which subgroups do not leave; kinds: [groups, 2], the ill and the healthy."""
+    there = kinds.sum(axis=1) > 0
+    withheld = there & (kinds.min(axis=1) < min_count)
+    while withheld.any() and (there & ~withheld).any():
+        together = kinds[withheld].sum(axis=0)
+        if withheld.sum() > 1 and not ((0 < together) & (together < min_count)).any():
+            break
+        others = np.where(there & ~withheld, kinds.sum(axis=1), np.iinfo(np.int64).max)
+        withheld[int(others.argmin())] = True
+    return withheld
 
 
 class Share(NamedTuple):

@@ -96,6 +96,37 @@ def test_no_line_gives_a_small_cell_away(counts):
                 assert mask.sum() >= 2 and line[mask].sum() >= 10
 
 
+def test_a_cell_that_several_margins_give_away_is_not_alone():
+    """Two blocks of four hidden cells, and a 9 between them: no line tells it, but the
+    first two rows minus the first two columns do."""
+    counts = np.full((4, 4), 50)
+    counts[:2, :2] = counts[2:, 2:] = 6
+    counts[0, 2] = 9
+    hidden = np.isnan(suppress_small(counts, minimum=10))
+    assert hidden[0, 2] and hidden.sum() > 9
+    assert not determined(hidden).any()
+
+
+def determined(hidden):
+    """Hidden cells that follow from row sums, column sums and the others: those that no
+    change moves that keeps all sums."""
+    places = np.argwhere(hidden)
+    lines = [places[:, axis] == k for axis in (0, 1) for k in range(len(hidden))]
+    lines = np.array(lines, dtype=float)
+    rank = np.linalg.matrix_rank
+    return np.array([
+        rank(np.vstack([lines, np.eye(len(places))[k]])) == rank(lines)
+        for k in range(len(places))
+    ])  # fmt: skip
+
+
+@given(arrays(np.int64, (5, 5), elements=st.sampled_from([0, 3, 9, 20, 40, 60])))
+def test_no_margins_together_give_a_cell_away(counts):
+    hidden = np.isnan(suppress_small(counts, minimum=10))
+    if hidden.any() and not hidden.all():
+        assert not determined(hidden).any()
+
+
 def test_counts_that_are_no_counts_are_refused():
     for bad in ([-1, 2], [0.5, 1.0], [[[1]]]):
         with pytest.raises(ValueError, match="whole numbers"):

@@ -115,6 +115,13 @@ def test_missing_values_count_and_few_values_do_not_leave():
     assert found == {"age": Column(20, 12, 9.5, 20 * (20**2 - 1) / 12)}
 
 
+def test_a_column_that_few_differ_in_is_left_out():
+    """The mean of a yes-or-no column times the rows is a count: here of three."""
+    for few, kept in ((3, []), (10, ["hiv"]), (37, []), (0, ["hiv"])):
+        found = local_table("A", {"hiv": (np.arange(40) < few) * 1.0})
+        assert [*found] == kept, few
+
+
 def test_the_standardised_difference_by_hand():
     # Means 0 and 1, both variances 4: half a standard deviation.
     a, b = Column(50, 0, 0.0, 200.0), Column(100, 0, 1.0, 400.0)
@@ -125,6 +132,7 @@ def test_the_standardised_difference_by_hand():
     ("columns", "message"),
     [
         ({"age": np.array(["12", "unknown"] * 10)}, "column 'age' holds text"),
+        ({"age": np.append(np.zeros(19), np.inf)}, "column 'age' has infinite values"),
         ({"sex": np.full(20, 2)}, "column 'sex' must hold positions 0 to 1"),
         ({"age": np.zeros(20), "sex": np.zeros(19, int)}, "columns of one length"),
         ({"age": np.zeros(9)}, "at least 10 rows"),
@@ -177,6 +185,15 @@ def test_another_unit_is_named_and_a_usual_difference_is_not():
     rng = np.random.default_rng(0)
     centred = {s: local_table(s, {"z": rng.normal(size=400)}) for s in "abc"}
     assert unit_warnings(centred) == []
+
+
+def test_of_three_hospitals_only_the_one_with_another_unit_is_named():
+    tables = {s: local_table(s, heights(seed=k)) for k, s in enumerate("ab")}
+    tables["c"] = local_table("c", heights(1000, seed=2))
+    assert [said[:8] for said in unit_warnings(tables)] == ["silo 'c'"]
+    del tables["b"]  # of two, nobody knows which
+    assert [said[:8] for said in unit_warnings(tables)] == ["silo 'a'", "silo 'c'"]
+    assert unit_warnings({"a": tables["a"]}) == []
 
 
 def test_zeros_for_missing_values_are_named():

@@ -191,7 +191,7 @@ def test_the_log_rank_test_is_the_stratified_one_of_statsmodels(patients):
     statistic, p = survfunc.survdiff(
         table.time, table.event, table.x0, strata=table.silo
     )
-    found = log_rank(ask_silos(grouped), group=0, groups=3)
+    found = log_rank(ask_silos(grouped), group=0, groups=3, min_events=0)
     assert found.statistic == pytest.approx(statistic) and found.freedom == 2
     assert found.p == pytest.approx(p)
 
@@ -287,3 +287,8 @@ def test_a_column_that_one_hospital_lacks_is_named(patients):
     less = patients["B"]._replace(x=patients["B"].x[:, :2])
     with pytest.raises(ValueError, match="silo 'B': beta has 3 values, x 2 columns"):
         fit_cox(ask_silos(patients | {"B": less}), 3)
+
+
+def test_other_ties_are_an_error(patients):
+    with pytest.raises(ValueError, match="ties must be breslow or efron, got 'Efron'"):
+        fit_cox(ask_silos(patients), 3, ties="Efron")

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import stats
 from sklearn import metrics
 from sklearn.calibration import calibration_curve as sklearn_curve
@@ -16,6 +19,7 @@ from fl_helpers.validation import (
     auroc_difference,
     auroc_of,
     average_precision,
+    average_precision_bounds,
     brier_score,
     calibration_curve,
     finest_counts,
@@ -183,6 +187,50 @@ def test_a_small_subgroup_takes_another_with_it():
     assert everything["counts"].sum() == 200 and not everything["withheld"].any()
 
 
+def test_small_subgroups_that_are_few_together_take_another_with_them():
+    # Two groups of one ill patient each: the total minus the others has two.
+    group = np.repeat([0, 1, 2, 3], [100, 60, 21, 21])
+    few = np.arange(21) < 1
+    y = np.concatenate([np.arange(100) < 50, np.arange(60) < 30, few, few])
+    data = Scored(np.full(202, 0.7), y, group)
+    found = silo_confusion(data, threshold=0.5, groups=4)
+    assert found["withheld"].tolist() == [0, 1, 1, 1]
+
+
+@given(arrays(np.int64, (5, 2), elements=st.integers(0, 30)))
+def test_no_subgroups_are_withheld_that_are_few_together(kinds):
+    if (kinds.sum(axis=0) < 10).any():
+        return  # refused as a whole
+    y = np.concatenate([np.arange(sum(k)) < k[0] for k in kinds])
+    data = Scored(np.full(len(y), 0.7), y, np.repeat(np.arange(5), kinds.sum(axis=1)))
+    found = silo_confusion(data, threshold=0.5, groups=5)
+    hidden = found["withheld"] == 1
+    there = kinds.sum(axis=1) > 0
+    assert (found["counts"][~hidden].sum(axis=1) == kinds[~hidden].sum(axis=1)).all()
+    assert hidden[there & (kinds.min(axis=1) < 10)].all()
+    if hidden.any() and (there & ~hidden).any():
+        together = kinds[hidden].sum(axis=0)
+        assert hidden.sum() > 1 and not ((0 < together) & (together < 10)).any()
+
+
+def test_the_bounds_of_average_precision_hold_and_meet_with_fine_bins():
+    rng = np.random.default_rng(8)
+    y = rng.random(400) < 0.3
+    score = np.round(1 / (1 + np.exp(-(y + rng.normal(size=400)))), 2)  # ties, too
+    expected = metrics.average_precision_score(y, score)
+    data, widths = Scored(score, y, np.zeros(400, dtype=int)), []
+    for bins in (3, 10, 100, 1000):
+        counts = silo_score_counts(data, bins=bins, min_count=1)
+        low, high = average_precision_bounds(counts)
+        assert low <= expected <= high and low <= average_precision(counts) <= high
+        widths.append(high - low)
+    assert widths == sorted(widths, reverse=True) and widths[-1] < 0.1
+    # By hand: two ill and a healthy one in the only bin. The healthy one may be above
+    # both, 1/2 and 2/3, or below.
+    counts = {"ill": np.array([2]), "healthy": np.array([1])}
+    assert average_precision_bounds(counts) == pytest.approx((7 / 12, 1))
+
+
 def test_calibration_slope_and_recalibration_of_a_model_that_is_too_sure():
     rng = np.random.default_rng(2)
     truth = rng.normal(size=4000)
@@ -239,5 +287,5 @@ def test_thresholds_and_groups_out_of_range_are_refused():
     data = Scored(np.full(40, 0.5), np.arange(40) < 20, np.ones(40, dtype=int))
     with pytest.raises(ValueError, match="threshold must lie between 0 and 1, got 1"):
         silo_confusion(data, threshold=1, groups=2)
-    with pytest.raises(ValueError, match="a group is 1, there are 1"):
+    with pytest.raises(ValueError, match="some patients are in none of 1 groups"):
         silo_confusion(data, threshold=0.5, groups=1)

@@ -24,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from fl_helpers.cross_silo import hospital, sandbox
+from fl_helpers.cross_silo import hospital, sandbox, secure
 from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import (
     gate,
@@ -431,9 +431,28 @@ def damaged_certificate(kit, place):
     (kit / "startup" / "client.crt").write_text("-----BEGIN CERTIFICATE-----")
 
 
+def secure_answers(kit, place):
+    questions.allow_questions(kit, secure=True)
+    site.confirm(kit, {"Hospital A": "00"})
+
+
+def too_few_confirmed(kit, place):
+    questions.allow_questions(kit, secure=True)
+    own = secure.fingerprint((kit / "startup" / "client.crt").read_bytes())
+    site.confirm(kit, {"Hospital A": own, "Hospital B": "00"})
+
+
+def nobody_confirmed(kit, place):
+    questions.allow_questions(kit, secure=True)
+    (kit / "local" / "peers.json").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("defect", "item", "said", "remedy"),
     [
+        (nobody_confirmed, "confirmed certificates", "0 certificates", "site.confirm"),
+        (too_few_confirmed, "confirmed certificates", "1 certificates", "telephone"),
+        (secure_answers, "confirmed certificates", "is another", "was it renewed?"),
         (expired, "certificate dates", "ended on", "renew it"),
         (not_yet, "certificate dates", "is valid from", "set the clock"),
         (damaged_certificate, "certificate dates", "cannot be read", "renew it"),
@@ -460,6 +479,19 @@ def test_a_defect_of_the_kit_is_found(kit, place, defect, item, said, remedy):
     found = look(kit, item)
     assert found["ok"] is False, found
     assert said in found["found"] and remedy in found["remedy"], found
+
+
+def test_confirmed_certificates_are_looked_at_for_secure_sums_only(kit):
+    questions.allow_questions(kit)
+    item = "confirmed certificates"
+    (kit / "local" / "peers.json").unlink(missing_ok=True)
+    assert look(kit, item)["found"].startswith("not asked for")
+    questions.allow_questions(kit, secure=True)
+    own = secure.fingerprint((kit / "startup" / "client.crt").read_bytes())
+    site.confirm(kit, {"Hospital A": own, "Hospital B": "00", "Hospital C": "11"})
+    assert look(kit, item)["found"] == "2 certificates of others, and the own one"
+    site.confirm(kit, independent=True)
+    assert look(kit, item)["ok"] is True
 
 
 def test_a_closed_port(kit):

@@ -1,7 +1,9 @@
 """What a hospital answers, and what it refuses, without any process."""
 
+import fcntl
 import json
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +56,9 @@ def tables(n=60):
     scored = validation.Scored(1 / (1 + np.exp(-table.x[:, 0])), table.y == 1, half * 1)
     found = {"regression": table, "validation": scored}
     found["trees"] = trees.Rows(table.x, table.y)
+    days = np.arange(1.0, n + 1)  # an event a day, but every third is censored
+    found["survival"] = survival.Survival(days, np.arange(n) % 3 > 0, table.x)
+    found["federated_statistics"] = {"row": days}
     return Tables(n, found, columns={"row": np.arange(n), "half": half * 1.0})
 
 
@@ -203,6 +208,7 @@ def test_a_forged_question_is_refused(text):
     ("settings", "message"),
     [
         ({"beta": [0.0] * 3, "min_rows": 1}, "min_rows must be at least 10"),
+        ({"beta": [0.0] * 3, "min_rows": 9}, "min_rows must be at least 10"),
         ({"beta": [0.0] * 3, "min_rows": 9.9}, "whole number"),
         ({"beta": [0.0] * 3, "min_rows": True}, "whole number"),
         ({"beta": [0.0] * 3, "data": [[1]]}, "settings of fl_helpers.regression"),
@@ -289,6 +295,130 @@ def test_a_fit_writes_its_cohort_once_and_before_the_answer(kit, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(TooFew, match="differs from that of"):
         ask(kit, where={"row": (0, 38)})
+
+
+SURVIVAL, CONFUSION = "fl_helpers.survival:", "fl_helpers.validation:silo_confusion"
+
+
+def test_two_life_tables_do_not_give_away_who_lies_between(kit):
+    """Of days 1 to 60, every third without an event: 20 events until day 30."""
+    allow_questions(kit)
+    table = SURVIVAL + "silo_life_table"
+    assert ask(kit, table, edges=[0, 30]).arrays["events"].tolist() == [20]
+    with pytest.raises(TooFew, match="differs from that of"):
+        ask(kit, table, edges=[0, 32])  # one event more
+    with pytest.raises(TooFew):
+        ask(kit, table, edges=[0, 32], where={"half": (0, None)})  # all patients, too
+    assert ask(kit, table, edges=[0, 30, 45]).arrays["events"].tolist() == [20, 10]
+    with pytest.raises(Denied, match="101 intervals or bins"):
+        ask(kit, table, edges=[0, *np.linspace(30, 30.1, 100).tolist()])
+
+
+def test_two_thresholds_do_not_give_away_who_lies_between(kit):
+    allow_questions(kit)
+    data = tables().tables["validation"]
+    at = np.sort(data.score[data.y])
+    first, near = at[12] + 1e-9, at[13] + 1e-9  # one of the ill is between
+
+    def confusion(threshold, **more):
+        settings = {"threshold": float(threshold), "groups": 2}
+        return ask(kit, CONFUSION, **settings, **more).arrays["counts"]
+
+    assert confusion(first).sum() == 60
+    with pytest.raises(TooFew, match="differs from that of"):
+        confusion(near)
+    assert confusion(first, where={"half": (0, 1)}).sum() == 60  # the same cohort
+    assert confusion(near, where={"half": (1, 1)}).sum() == 30  # it is another one
+
+
+def test_bins_and_a_threshold_are_compared_and_so_are_two_kinds_of_bins(kit):
+    allow_questions(kit)
+
+    def asked(function, **settings):
+        text = Question(f"fl_helpers.validation:{function}", settings).text()
+        return answer(kit, "A", tables(300), text, 1).arrays
+
+    assert len(asked("finest_counts", most=2)["ill"]) == 2  # so a half is cut
+    asked("silo_confusion", threshold=0.5, groups=2)
+    asked("silo_score_counts", bins=2)
+    for threshold in (0.49, 0.51):
+        with pytest.raises(TooFew, match="differs from that of"):
+            asked("silo_confusion", threshold=threshold, groups=2)
+    asked("silo_confusion", threshold=0.25, groups=2)  # many are between
+
+
+def test_what_was_cut_is_written_before_it_leaves(kit, monkeypatch):
+    allow_questions(kit)
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(questions.CohortLedger, "admit_part", full)
+    with pytest.raises(OSError, match="disk full"):
+        ask(kit, CONFUSION, threshold=0.5, groups=2)
+    monkeypatch.undo()
+    ask(kit, CONFUSION, threshold=0.5, groups=2)
+    found = (kit / COHORTS).read_text().splitlines()
+    # All patients, the ill and the healthy below, and the same of two groups.
+    assert len(found) == 1 + 2 + 4
+
+
+def test_two_sketches_differ_by_as_many_rows_as_one_needs(kit):
+    allow_questions(kit)
+    sketch = "fl_helpers.federated_statistics:silo_sketch"
+
+    def asked(low, high):
+        text = Question(sketch, {}, "", {"row": [low, high]}).text()
+        return answer(kit, "A", tables(200), text, 1).arrays["rows"]
+
+    assert asked(0, 99) == 100
+    with pytest.raises(TooFew, match="fewer than 64 rows"):
+        asked(0, 129)  # the sketch of 30 by subtraction
+    assert asked(0, 163) == 164
+
+
+def test_a_group_of_few_has_no_log_rank_test(kit):
+    """Observed and expected events of a group of one are the patient's own."""
+    allow_questions(kit)
+    found = tables()
+    data = found.tables["survival"]
+    for few, fine in ((np.arange(60) == 20, False), (np.arange(60) % 2 == 0, True)):
+        found.tables["survival"] = data._replace(x=np.column_stack([few, few]) * 1.0)
+        text = Question(SURVIVAL + "silo_log_rank", {"group": 0, "groups": 2}).text()
+        if fine:
+            assert answer(kit, "A", found, text, 1).arrays["observed"].sum() == 40
+            continue
+        for groups in (1, 2):  # nor does it say whether there is somebody
+            asked = Question(SURVIVAL + "silo_log_rank", {"group": 0, "groups": groups})
+            with pytest.raises(survival.TooFewEvents, match="a group has fewer"):
+                answer(kit, "A", found, asked.text(), 1)
+
+
+def test_two_runs_ask_one_after_the_other(kit):
+    """Or neither would see the other's cohort, which differs by one patient."""
+    allow_questions(kit)
+    ask(kit, where={"row": (0, 29)})
+    thread = threading.Thread(target=ask, args=(kit,))
+    with (kit / COHORTS).with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert len((kit / COHORTS).read_text().splitlines()) == 1
+    thread.join()
+    assert len((kit / COHORTS).read_text().splitlines()) == 2
+
+
+def test_other_columns_or_other_rows_are_other_data():
+    """Else a row that is in two secure sums could be taken for another patient."""
+    whole = Tables(3, {}, {"regression": np.ones(3)}, {"age": np.arange(3)})
+    others = [
+        Tables(4, {}, whole.rows, whole.columns),
+        Tables(3, {}, {"regression": np.arange(3) > 0}, whole.columns),
+        Tables(3, {}, {"trees": np.ones(3)}, whole.columns),
+        Tables(3, {}, whole.rows, {"age": np.arange(3)[::-1]}),
+    ]
+    assert len({*map(questions._data_digest, [whole, *others])}) == 5
 
 
 def test_a_damaged_ledger_of_cohorts_answers_nothing(kit):
@@ -447,3 +577,44 @@ def test_what_the_rules_do_not_stop(kit):
     ]
     patient = rows().x[np.flatnonzero(rows().x[:, 0] == x[21])[0]]
     np.testing.assert_allclose(sent[1] - sent[0], [1, *patient], rtol=1e-9)
+
+
+def test_what_a_rare_column_says(kit):
+    """One patient has a 1 in it: what is added up over its ones is that patient.
+    docs/security.md says so, and what else passes below."""
+    allow_questions(kit)
+    found = tables()
+    data, rare = found.tables["regression"], np.arange(60) == 7
+    x = np.column_stack([data.x, rare])
+    found.tables["regression"] = data._replace(x=x)
+    text = Question(LINEAR, {"beta": [0.0] * 4}).text()
+    sent = answer(kit, "A", found, text, 1).arrays
+    assert sent["information"][3].tolist() == [1, *x[7]]
+    assert sent["gradient"][3] == data.y[7]
+
+
+def test_what_a_leaf_of_one_patient_says(kit):
+    allow_questions(kit)
+    data = tables().tables["trees"]
+    edge = float(np.sort(data.x[:, 0])[-2:].mean())  # one patient is above
+    leaf = {key: [value] * 3 for key, value in trees.LEAF.items()}
+    leaf |= {"left": [1, -1, -1], "right": [2, -1, -1], "code": [1, 0, 0]}
+    leaf["value"] = [0.0, 0.0, 1000.0]
+    model = {"bins": {"names": ["a", "b"], "edges": [[edge], []]}, "base": 0.0}
+    model["bins"]["categories"] = [0, 0]
+    loss = [
+        float(ask(kit, "fl_helpers.trees:silo_loss", model=model | {"trees": t})
+        .arrays["loss"]) for t in ([], [leaf])
+    ]  # fmt: skip
+    ill = data.y[data.x[:, 0].argmax()]
+    # log(1 + exp(1000)) for a healthy one, 0 for an ill one, log(2) before.
+    assert loss[1] - loss[0] == pytest.approx(1000 * (1 - ill) - np.log(2))
+
+
+def test_what_a_refusal_says(kit):
+    """The first event is on day 2: no event until day 1 is answered, until 2 not."""
+    allow_questions(kit)
+    table = SURVIVAL + "silo_life_table"
+    assert ask(kit, table, edges=[0, 1, 30]).arrays["events"].tolist() == [0, 20]
+    with pytest.raises(survival.TooFewEvents):
+        ask(kit, table, edges=[0, 2, 30])

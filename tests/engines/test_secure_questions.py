@@ -14,7 +14,7 @@ from nvflare.apis.signal import Signal
 from nvflare.apis.workspace import Workspace
 from safetensors.numpy import load_file
 
-from fl_helpers import exchange, regression, validation
+from fl_helpers import exchange, regression, survival, trees, validation
 from fl_helpers import federated_statistics as statistics
 from fl_helpers.analysis import ask_silos
 from fl_helpers.cross_silo import secure, turn
@@ -39,7 +39,7 @@ LINEAR = "fl_helpers.regression:silo_linear"
 DENIED = "SECURE_SUM_DENIED"
 TABLES = """
 import numpy as np
-from fl_helpers import regression, validation
+from fl_helpers import regression, survival, trees, validation
 from fl_helpers.cross_silo.turn import Tables
 
 def load(data):
@@ -50,6 +50,9 @@ def load(data):
     scored = validation.Scored(1 / (1 + np.exp(-x[:, 0])), y == 1, (x[:, 1] > 0) * 1)
     tables = {"regression": regression.Table(x, y), "validation": scored}
     tables["federated_statistics"] = {"a": x[:, 0]}
+    days = np.ceil(rng.exponential(300 * np.exp(-x[:, 0])))
+    tables["survival"] = survival.Survival(days, rng.random(n) < 0.7, x)
+    tables["trees"] = trees.Rows(x, y)
     return Tables(n, tables, columns={"row": np.arange(n), "odd": np.arange(n) % 2})
 """
 
@@ -243,6 +246,57 @@ def test_nothing_of_an_answer_leaves_and_the_ledger_says_what_does(begin):
             and any(piece in path.read_bytes() for piece in pieces[silo])
         }  # the search finds what is there: in its own kit
         assert found == {("kits", site.site_name(silo))}
+
+
+class Ask:
+    """An `analysis.Ask` of secure sums, by calls."""
+
+    def __init__(self, server):
+        self.server, self.questions = server, 0
+
+    def __call__(self, function, **settings):
+        name = f"{function.__module__}:{function.__name__}"
+        found, event = self.server.ask(name, **analyses.plain(settings))
+        assert found is not None, event
+        self.questions += 1
+        return found
+
+
+def in_one_process(server, name):
+    tables = {silo: hospital.tables for silo, hospital in server.hospitals.items()}
+    return ask_silos({silo: found.tables[name] for silo, found in tables.items()})
+
+
+def test_a_cox_model_is_that_of_the_simulation(begin):
+    server = begin()
+    ask = Ask(server)
+    plain_ask = in_one_process(server, "survival")
+    fits = [survival.fit_cox(of, 2, ties="breslow") for of in (ask, plain_ask)]
+    assert (fits[0].rounds, fits[0].events) == (fits[1].rounds, fits[1].events)
+    for name in ("beta", "covariance", "loglik"):
+        one, other = (getattr(fit, name) for fit in fits)
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9, err_msg=name)
+    tests = [survival.proportional_hazards(of, fits[1])[0].p for of in (ask, plain_ask)]
+    assert tests[0] == pytest.approx(tests[1])
+    edges = [0, 150, 400]
+    tables = [of(survival.silo_life_table, edges=edges) for of in (ask, plain_ask)]
+    assert {k: v.tolist() for k, v in tables[0].items()} == {
+        k: v.tolist() for k, v in tables[1].items()
+    }
+
+
+def test_trees_are_those_of_the_simulation_bit_for_bit(begin):
+    """Their sums are whole numbers, so secure sums round nothing."""
+    server = begin()
+    ask = Ask(server)
+    bins = trees.even_bins({"a": (-3.0, 3.0), "b": (-3.0, 3.0)}, bins=4)
+    growth = trees.Growth(trees=2, depth=1, rate=0.3)
+    grown = [
+        trees.fit_trees(of, bins, growth=growth).to_json()
+        for of in (ask, in_one_process(server, "trees"))
+    ]
+    assert grown[0] == grown[1] and ask.questions == 1 + 2 * 2  # a tree has two levels
+    assert len(trees.trees_from_json(grown[0]).trees) == 2
 
 
 # -- a coordinator that does not keep to the protocol

@@ -21,7 +21,12 @@ from typing import Any
 
 from fl_helpers.cross_silo.on_premises import gate, site
 from fl_helpers.cross_silo.on_premises.precheck_data import ITEMS, Row, data_rows, row
-from fl_helpers.cross_silo.on_premises.precheck_kit import CHECKS, GUIDE, kind_of
+from fl_helpers.cross_silo.on_premises.precheck_kit import (
+    CHECKS,
+    GUIDE,
+    confirmed,
+    kind_of,
+)
 from fl_helpers.cross_silo.on_premises.precheck_trial import (
     Asked,
     read_asked,
@@ -184,6 +189,8 @@ def _may_leave(kit: Path, asked: Asked) -> tuple[bool | None, str, str]:
     if policy.secure and not asked.run.secure:
         said = "secure sums only, and the run is a plain one"
         return False, said, "ask the coordinator for a secure run"
+    if asked.run.secure and (believed := confirmed(kit, needed=True))[0] is False:
+        return believed
     more = sorted(asked.run.limits.metrics - limits.metrics)
     if more:
         said += f"; the run would take {', '.join(more)}, too"

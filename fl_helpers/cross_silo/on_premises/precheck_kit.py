@@ -33,6 +33,8 @@ from fl_helpers.cross_silo.on_premises.certificates import (
     certificate_problems,
     certificates,
 )
+from fl_helpers.cross_silo.run import SMALLEST_SET
+from fl_helpers.cross_silo.secure import fingerprint
 
 Verdict = tuple[bool | None, str, str]
 GIB = 2**30
@@ -183,6 +185,34 @@ def _data_rights(kit: Path) -> Verdict:
     return True, "this user can read it, other users cannot", ""
 
 
+def confirmed(kit: Path, *, needed: bool | None = None) -> Verdict:
+    """Whose certificates are believed in secure sums, `local/peers.json`.
+
+    needed: None is whether updates, or answers, leave this kit in secure sums only.
+    """
+    if needed is None:
+        files = (kit / "local" / name for name in ("egress.json", "questions.json"))
+        rules = [json.loads(path.read_text()) for path in files if path.exists()]
+        needed = any(each.get("secure") for each in rules)
+    path = kit / "local" / "peers.json"
+    known = site.read_local(kit, path.name) if path.exists() else {}
+    others = {**known.get("confirmed", {})}
+    own = others.pop(site.read_site(kit).silo, None)
+    mine = fingerprint((kit / "startup" / _own(kit)).read_bytes())
+    remedy = f"compare all fingerprints by telephone, then site.confirm, {GUIDE}"
+    if not needed:
+        return True, "not asked for: this kit is not set to secure sums only", ""
+    if own not in (None, mine):
+        said = "the own certificate is another than the one that is confirmed here"
+        return False, said, f"was it renewed? {remedy}"
+    if known.get("independent"):
+        return True, "the authority vouches for all; it is not the coordinator's", ""
+    if own is None or len(others) < SMALLEST_SET - 1:
+        said = f"{len(others)} certificates of others, own: {own is not None}"
+        return False, f"{said}; no secure sum will be answered", remedy
+    return True, f"{len(others)} certificates of others, and the own one", ""
+
+
 # ---- the connection
 
 
@@ -298,6 +328,7 @@ HARDENED = {"identity": _identity, "policy": _policy, "sandbox": _sandbox}
 HARDENED |= {"policy is protected": _policy_rights}
 HARDENED |= {"free disk": _disk, "memory": _memory}
 OWN = {"own settings": _settings, "data folder": _data_rights, "GPU": _gpu}
+OWN |= {"confirmed certificates": confirmed}
 CHECKS = {"admin": ALL, "server": ALL | HARDENED, "hospital": ALL | HARDENED | OWN}
 
 

@@ -2,7 +2,8 @@
 
 A question is the name of a function of `fl_helpers` and plain settings, never code.
 Without `allow_questions` a hospital answers none. Before a number is worked out, the
-question is checked, written down, and its cohort is compared with those before.
+question is checked, written down, and its cohort is compared with those before; before
+the number leaves, so are the points at which it cuts times or scores.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ ANSWER = exchange.Limits(metrics=frozenset())  # of an answer: arrays, nothing e
 MAX_QUESTION, MAX_ANSWER = 2**22, 2**24  # bytes
 MEMORY = 2**31  # bytes that an answer may need beside what the process has
 LARGEST = 10_000  # whole number, and length of a list, in settings
+MOST_CUTS = 100  # of a question that counts by time or by score
+SKETCH = "fl_helpers.federated_statistics:silo_sketch"
 
 
 class Denied(ValueError):
@@ -261,18 +264,69 @@ def answer(
     question, rules = read_question(text), read_rules(kit)
     function, settings = rules.check(question, sealed=sealed)
     data, chosen = cohort(tables, question)
+    about = f"{question.function} {json.dumps(dict(question.where))}"
+    with _locked(kit) as path:
+        _note(kit, text, number)
+        _check_rows(int(chosen.sum()), rules)
+        CohortLedger(path, minimum=rules.minimum).admit(chosen, about=about)
+        if question.function == SKETCH:  # of the difference of two it needs as many
+            ledger = CohortLedger(path, minimum=federated_statistics.SKETCH)
+            ledger.admit(chosen, about=about, data="sketch")
+    with _limited(MEMORY):
+        arrays = as_arrays(silo, function(data, **settings))
+    found = [*_cuts(question.function, data, settings, arrays)]
+    with _locked(kit) as path:
+        ledger = CohortLedger(path, minimum=rules.minimum)
+        of = sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
+        for what, part in found:
+            rows = chosen.copy()
+            rows[chosen] = part
+            ledger.admit_part(rows, about=about, data=f"{of} {question.table} {what}")
+    whose = Cohort(chosen, _data_digest(tables)) if sealed else None
+    return Sums(arrays, number, question, int(chosen.sum()), whose)
+
+
+@contextmanager
+def _locked(kit: Path) -> Iterator[Path]:
+    """The ledger of cohorts, for one at a time: several runs may ask at once."""
     path = kit / COHORTS
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several runs may ask at once
-        _note(kit, text, number)
-        _check_rows(int(chosen.sum()), rules)
-        about = f"{question.function} {json.dumps(dict(question.where))}"
-        CohortLedger(path, minimum=rules.minimum).admit(chosen, about=about)
-    with _limited(MEMORY):
-        arrays = as_arrays(silo, function(data, **settings))
-    whose = Cohort(chosen, _data_digest(tables)) if sealed else None
-    return Sums(arrays, number, question, int(chosen.sum()), whose)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+def _cuts(
+    function: str, data: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What an answer cuts, and who is on the lower side of each cut point.
+
+    Two life tables with an edge at day 100 and at day 101, or the counts at two
+    thresholds, would give who lies between by subtraction. Denied for too many cuts.
+    """
+    name = function.partition(":")[2]
+    if name == "silo_life_table":
+        _check_cuts(len(settings["edges"]))
+        for edge in settings["edges"]:
+            yield "events by time", data.event & (data.time <= edge)
+    elif name in ("silo_score_counts", "finest_counts"):
+        bins = len(arrays["ill"])
+        _check_cuts(bins)
+        for cut in range(1, bins):
+            below = (data.score * bins).astype(np.int64) < cut
+            yield from (("ill", below & data.y), ("healthy", below & ~data.y))
+    elif name == "silo_confusion":
+        below = data.score < settings["threshold"]
+        yield from (("ill", below & data.y), ("healthy", below & ~data.y))
+        for group in np.flatnonzero(arrays["counts"].sum(axis=1)):
+            inside = below & (data.group == group)
+            yield f"ill of {group}", inside & data.y
+            yield f"healthy of {group}", inside & ~data.y
+
+
+def _check_cuts(number: int) -> None:
+    if number > MOST_CUTS:
+        raise Denied(f"{number} intervals or bins; a question has at most {MOST_CUTS}")
 
 
 def _data_digest(tables: Tables) -> str:
