@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,22 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     sites = {site_name(silo): silo for silo in silos}
     content = {"run": to_plain(run), "silos": sites, "initial": digest}
     _write(app / RUN, {"id": run_id(app / RUN, content), **content})
-    return write_parts(app, quorum, CONTROLLERS[run.secure], CLASSES[0], TASKS)
+    folder = write_parts(app, quorum, CONTROLLERS[run.secure], CLASSES[0], TASKS)
+    return _without_model(folder, run, sites)
+
+
+def _without_model(folder: Path, run: Run, sites: Iterable[str]) -> Path:
+    """Let the silos get the job without the model, which comes with each round: the
+    engine gives a silo ten seconds to take a job, and a slow line needs more."""
+    own = folder / "site"
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(folder / "app", own, ignore=shutil.ignore_patterns(INITIAL))
+    kept = {name: run.params[name] for name in run.params if name in run.keep_local}
+    save_file(kept, own / CONFIG / INITIAL)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    places = {"app": ["server"], own.name: sorted(sites)}
+    _write(folder / "meta.json", meta | {"deploy_map": places})
+    return folder
 
 
 def write_parts(
