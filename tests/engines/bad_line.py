@@ -27,6 +27,7 @@ class BadLine:
         self.open.set()
         self.passed, self.free = {"up": 0, "down": 0}, {"up": 0.0, "down": 0.0}
         self.connections, self.pairs, self.lock = 0, [], threading.Lock()
+        self.cuts, self.planned = 0, None
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -34,9 +35,24 @@ class BadLine:
     def cut(self, hang_up=False):
         """Nothing gets through. hang_up: what is connected is told so, else it only
         hears nothing, as when a cable is pulled."""
+        self.cuts += 1
         self.open.clear()
         if hang_up:
             self._hang_up()
+
+    def cut_at(self, up, *, seconds=None, hang_up=False):
+        """A cut when so many bytes have passed towards the server; None: until it is
+        mended."""
+        self.planned = up, seconds, hang_up
+
+    def _cut_if_planned(self):
+        with self.lock:
+            if self.planned is None or self.passed["up"] < self.planned[0]:
+                return
+            (_, seconds, hang_up), self.planned = self.planned, None
+        self.cut(hang_up)
+        if seconds is not None:
+            threading.Timer(seconds, self.mend).start()
 
     def mend(self):
         self.open.set()
@@ -79,6 +95,7 @@ class BadLine:
                 self.open.wait()
                 sink.sendall(piece)
                 self.passed[way] += len(piece)
+                self._cut_if_planned()
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -37,6 +37,8 @@ from fl_helpers.simulation import Params
 
 SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
+CUT = 900  # seconds that a line may be cut before a transfer begins anew
+DAY = 86_400  # seconds; a silo that is away is for deadline and quorum to judge
 MAY_CHANGE = (  # of a run that is resumed
     *("rounds", "quorum", "deadline", "stop"),
     "wait_for_quorum",
@@ -138,9 +140,12 @@ def write_parts(
     rounds = {"id": "rounds", "path": controller, "args": {}}
     poll = {"task_request_interval": 0.1}  # seconds; by default 2
     server = base | {"workflows": [rounds], "server": poll}
+    server["dead_client_grace_period"] = DAY  # by default the job ends after a minute
     _write(app / "config_fed_server.json", server)
     work = [{"tasks": [*tasks], "executor": {"path": executor, "args": {}}}]
-    _write(app / "config_fed_client.json", base | {"executors": work})
+    client = base | {"executors": work}
+    client |= {"get_task_timeout": CUT, "submit_task_result_timeout": CUT}
+    _write(app / "config_fed_client.json", client)
     return folder
 
 

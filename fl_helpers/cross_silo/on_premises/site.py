@@ -28,6 +28,17 @@ SERVER_CLASSES = (*CONTROLLERS, *ANALYSES)  # that one may name at the server
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
 FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
+LINE = {  # of what travels; the engine's own are for 25 Gbit/s, see its stream_const.py
+    "streaming_chunk_size": 2**18,  # bytes; what is sent again if it is lost
+    "streaming_window_size": 2**21,  # bytes on their way at once
+    "streaming_ack_interval": 2**18,
+    "streaming_reliable": True,  # updates, too, not only models
+    "streaming_retry_wait": 20,  # seconds: a window at a megabit per second
+    "streaming_retry_timeout": 900,  # seconds that a cut may last, as the next three
+    "streaming_ack_wait": 900,
+    "streaming_ack_progress_timeout": 900,
+    "streaming_read_timeout": 900,
+}
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
 
@@ -121,6 +132,7 @@ def harden_site(
     scope = {"name": "federated_learning", "task_result_filters": [gate]}
     scopes = {"scopes": [scope], "default_scope": scope["name"]}
     write_local(kit, "resources.json", resources)
+    write_local(kit, "comm_config.json", LINE)
     write_local(kit, "authorization.json", _authorization(admin_role))
     write_local(kit, "privacy.json", scopes)
     write_site(kit, site)
@@ -158,6 +170,7 @@ def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None
             component["args"]["uri_root"] = str(kit / "jobs")
     resources["components"] += [_component("hub_guard", f"{HERE}.guards.HubGuard")]
     write_local(kit, "resources.json", resources)
+    write_local(kit, "comm_config.json", LINE)
     write_local(kit, "authorization.json", _authorization(admin_role))
 
 
