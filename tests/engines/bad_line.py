@@ -96,9 +96,11 @@ class BadLine:
                 sink.sendall(piece)
                 self.passed[way] += len(piece)
                 self._cut_if_planned()
+        self.open.wait()  # that an end hung up is not heard either
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        source.close()  # the other direction closes the other end
 
     def _take_turn(self, way, size):
         """Wait until the line has carried what came before, and this."""

@@ -34,10 +34,20 @@ LINE = {  # of what travels; the engine's own are for 25 Gbit/s, see its stream_
     "streaming_ack_interval": 2**18,
     "streaming_reliable": True,  # updates, too, not only models
     "streaming_retry_wait": 20,  # seconds: a window at a megabit per second
-    "streaming_retry_timeout": 900,  # seconds that a cut may last, as the next three
+    "streaming_retry_timeout": 900,  # seconds that a cut may last, as the three below
     "streaming_ack_wait": 900,
     "streaming_ack_progress_timeout": 900,
     "streaming_read_timeout": 900,
+    "grpc": {
+        "options": [  # the first two are the engine's own
+            ["grpc.max_send_message_length", 2**31 - 2**21],
+            ["grpc.max_receive_message_length", 2**31 - 2**21],
+            # By default 60 s without an answer: then the server hangs up, and the
+            # silo's side does not notice and never connects again.
+            ["grpc.http2.ping_timeout_ms", 900_000],
+            ["grpc.keepalive_timeout_ms", 900_000],
+        ]
+    },
 }
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
