@@ -216,7 +216,7 @@ def certificate(begins, ends):
 FAULTS = {
     "hospital's worker killed": (worker_killed, ""),
     "server's job killed": (job_killed, "restart"),
-    "line hangs up": (line_hangs_up, ""),
+    "state.json damaged": (damaged("state.json"), "damaged"),
     "hospital's policy is gone": (other_content("egress.json", None), "MODEL_REFUSED"),
     "coordinator's interpreter killed": (None, "attached"),
     "training processes killed": (trainer_killed, ""),
@@ -230,7 +230,7 @@ FAULTS = {
     "hospital's disk full": (disk_full(WHO), "DISK_FULL"),
     "server's disk full": (disk_full("server"), "make room"),
     "checkpoint's bit flipped": (damaged("model_*/model.safetensors"), "damaged"),
-    "state.json damaged": (damaged("state.json"), "damaged"),
+    "line hangs up": (line_hangs_up, ""),
     "events.jsonl damaged": (
         torn_line("server", "runs", "{}", "events.jsonl"),
         "damaged",

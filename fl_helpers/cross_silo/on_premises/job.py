@@ -37,7 +37,8 @@ from fl_helpers.simulation import Params
 
 SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
-CUT = 900  # seconds that a line may be cut before a transfer begins anew
+CUT = 120  # seconds without progress before a transfer begins anew, see `site.LINE`;
+# so long does a silo wait, too, for a short reply that was lost on its way
 DAY = 86_400  # seconds; a silo that is away is for deadline and quorum to judge
 MAY_CHANGE = (  # of a run that is resumed
     *("rounds", "quorum", "deadline", "stop"),

@@ -30,14 +30,12 @@ INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all
 FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
 LINE = {  # of what travels; the engine's own are for 25 Gbit/s, see its stream_const.py
     "streaming_chunk_size": 2**18,  # bytes; what is sent again if it is lost
-    "streaming_window_size": 2**21,  # bytes on their way at once
+    "streaming_window_size": 2**20,  # bytes on their way at once
     "streaming_ack_interval": 2**18,
     "streaming_reliable": True,  # updates, too, not only models
-    "streaming_retry_wait": 20,  # seconds: a window at a megabit per second
-    "streaming_retry_timeout": 900,  # seconds that a cut may last, as the three below
-    "streaming_ack_wait": 900,
-    "streaming_ack_progress_timeout": 900,
-    "streaming_read_timeout": 900,
+    "streaming_retry_wait": 20,  # seconds: more than a window at a megabit per second
+    "streaming_retry_timeout": 120,  # seconds of a cut, then a transfer begins anew
+    "streaming_ack_progress_timeout": 120,
     "grpc": {
         "options": [  # the first two are the engine's own
             ["grpc.max_send_message_length", 2**31 - 2**21],
