@@ -100,7 +100,7 @@ def test_a_cut_costs_no_round_and_no_training(fleet, params, silos):
     params = params | {"ballast": torch.rand(SIZE // 4)}
     fleet.allow(params, metrics=METRICS)
     run = Run(
-        "lines", params, rounds=ROUNDS, seed=7, deadline=15, wait_for_quorum=300,
+        "lines", params, rounds=ROUNDS, seed=7, deadline=20, wait_for_quorum=300,
         limits=LIMITS,
     )  # fmt: skip
     line, events = fleet.lines["Hospital-B"], []
