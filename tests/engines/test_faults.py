@@ -315,10 +315,10 @@ class Storm:
             self.now.said.append(kind)
             self._over()
         elif kind not in USUAL:
-            self.now.said.append(
-                f"{kind} {event.get('reason', '')} {event.get('means', '')}"
-            )
-            self._act()
+            reason = event.get("reason", "")
+            self.now.said.append(f"{kind} {reason} {event.get('means', '')}")
+            if self.now.words in " ".join(self.now.said):
+                self._act()
 
     def _act(self):
         """Somebody has read it, and does what it says."""
