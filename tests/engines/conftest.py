@@ -150,7 +150,7 @@ def train(kit, tmp_path, monkeypatch):
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace)
     context.set_prop(FLContextKey.CURRENT_RUN, "job")
     run = Run("x", STATE, rounds=1, seed=1, keep_local=["own"])
-    sent = job.write_job(run, tmp_path / "jobs", ["Hospital A"]) / "app" / job.CONFIG
+    sent = job.write_job(run, tmp_path / "jobs", ["Hospital A"]) / "site" / job.CONFIG
     shutil.copytree(sent, Path(workspace.get_app_dir("job")) / job.CONFIG)
 
     def train(round_index, task="train", sent=SENT):

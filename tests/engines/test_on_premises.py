@@ -360,7 +360,7 @@ def test_jobs_bring_neither_code_nor_other_classes(fleet, params, tmp_path):
     wait_until(lambda: line.verdict(sent), 60, "the server refuses it")
     assert "FAILED_TO_RUN" in line.verdict(sent)
     other = job.write_job(run, tmp_path / "class", silos)
-    config = other / "app" / "config" / "config_fed_client.json"
+    config = other / "site" / "config" / "config_fed_client.json"
     stock = "nvflare.app_common.np.np_trainer.NPTrainer"
     content = json.loads(config.read_text())
     content["executors"][0]["executor"] = {"path": stock, "args": {}}

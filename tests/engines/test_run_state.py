@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -233,13 +234,13 @@ def test_all_who_are_away_are_named_since_when():
 class Fake(controller.RoundController):
     """A controller whose silos answer by a script, by round and attempt."""
 
-    def __init__(self, folder, script, **run):
+    def __init__(self, folder, script, names="ABC", **run):
         threads = torch.get_num_threads()
         super().__init__()
         torch.set_num_threads(threads)
         run = dict(name="x", params=START, rounds=3, seed=1, evaluate=False) | run
-        silos = {name: name for name in "ABC"}
-        initial = lambda names: START  # noqa: E731
+        silos = {name: name for name in names}
+        initial = lambda names: run["params"]  # noqa: E731
         self.job = SimpleNamespace(
             run=Run(**run), silos=silos, id="id", initial=initial
         )
@@ -371,3 +372,60 @@ def test_an_abort_ends_the_wait(folder):
     fake._ask = aborted
     error, found = run_of(fake)
     assert "aborted" in str(error) and found[-1]["event"] == "aborted"
+
+
+# ---- memory
+
+ROUND = """
+import resource, sys, tempfile
+from pathlib import Path
+import torch
+from fl_helpers import aggregation, exchange
+from fl_helpers.cross_silo.on_premises import controller, gate
+from fl_helpers.training import Update
+sys.path.insert(0, sys.argv[1])
+from engines.test_run_state import Fake
+
+START = {"w": torch.zeros(4_000_000)}  # 16 MB
+NAMES = "ABCDEFGH"
+
+class Server(Fake):
+    def _ask(self, task, index, sites):
+        updates = {}
+        for number, name in enumerate(sites, start=1):
+            params = {"w": self.params["w"] + number}
+            update = Update(name, params, number, {})
+            del params
+            with tempfile.TemporaryDirectory() as folder:
+                exchange.write_update(folder, update, round_index=index)
+                del update
+                message = gate.pack(folder)
+            updates[name] = self._take(task, message, name, index)
+            del message
+        return controller.Answers(updates, {}, tuple(updates))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+server = Server(Path(sys.argv[2]), {}, params=START, names=NAMES, rounds=2)
+server.abort.triggered  # all is imported
+before, size = peak(), START["w"].nbytes
+server._play_or_say_why()
+print((peak() - before) / size, server.params["w"].unique().tolist())
+print([*Path(sys.argv[2]).glob("inbox/*")])
+"""
+
+
+def test_the_memory_of_a_round_does_not_grow_with_the_hospitals(folder):
+    here = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", ROUND, here, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    growth, *rest = done.stdout.splitlines()[0].split(" ", 1)
+    # The global model, the mean, one update and its message; the files of the last are
+    # written from and read into memory once more. Eight updates would be ten models.
+    assert float(growth) < 6.5, done.stdout
+    # By hand: 1 + 4 + ... + 64 over 1 + 2 + ... + 8 is 204 / 36, in each round.
+    assert json.loads(rest[0]) == [pytest.approx(2 * 204 / 36, rel=1e-6)]
+    assert done.stdout.splitlines()[1] == "[]"

@@ -273,3 +273,51 @@ def client(data, settings):
     with pytest.raises(Refusal, match="send tensors only"):
         its.turn("train", run.params, 1)
     assert Path(its.plan["account"]).is_dir()
+
+
+IN_EPOCHS = """
+import os, torch
+from dataclasses import replace
+from pathlib import Path
+from fl_helpers.cross_silo import hospital
+
+def client(data, settings):
+    made = hospital.client(data, settings)
+    def update(params, silo, *, round_index, rng):
+        path = Path.home() / "epoch.pt"
+        epoch, state = 0, params
+        if path.exists():
+            found = torch.load(path)
+            if found["round"] == round_index:
+                epoch, state = found["epoch"], found["state"]
+                rng.set_state(found["rng"])
+        for epoch in range(epoch, 3):
+            print("epoch", epoch, file=open(Path.home() / "log", "a"))
+            done = made.update(state, silo, round_index=round_index, rng=rng)
+            state = done.params
+            about = {"round": round_index, "epoch": epoch + 1, "rng": rng.get_state()}
+            torch.save(about | {"state": state}, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+            if settings_dies and epoch == 1 and not (Path.home() / "died").exists():
+                (Path.home() / "died").touch()
+                os._exit(9)
+        path.unlink()
+        return done
+    return replace(made, update=update)
+"""
+
+
+def test_a_turn_goes_on_from_its_last_epoch_when_its_process_was_killed(
+    started, place, run
+):
+    """As the guide writes it: model and random numbers, in the process's home."""
+    home = place[0] / "work" / ("0" * 32)
+    dies = started(f"settings_dies = True\n{IN_EPOCHS}")
+    found, own = dies.turn("train", run.params, 0)
+    assert (home / "died").exists() and not (home / "epoch.pt").exists()
+    assert (home / "log").read_text() == "epoch 0\nepoch 1\nepoch 2\n"
+    dies.close()
+    whole = started(f"settings_dies = False\n{IN_EPOCHS}")
+    expected, own_expected = whole.turn("train", run.params, 0)
+    assert all(found.params[k].equal(v) for k, v in expected.params.items())
+    assert all(own[k].equal(v) for k, v in own_expected.items())

@@ -153,9 +153,10 @@ class RoundController(Controller):
         seconds = round(time.monotonic() - begun, 3)
         self._tested(index, answers, state)
         updates = [answers.updates[silo] for silo in sorted(answers.updates)]
-        self.params = self.rule(iter(updates))
+        self.params = self.rule(map(self._whole, updates))
         self.rounds_done = state.rounds_done = index + 1
         self.record.save(state, self.params, self.rule)
+        self.record.empty_inbox()
         self.record.event(
             "round_end",
             round=index,
@@ -285,9 +286,12 @@ class RoundController(Controller):
         client_task.result = None  # free the memory
 
     def _take(self, task: str, message: Shareable, silo: str, index: int) -> Any:
-        """What a silo answered, checked."""
-        expected = self.params if task == "train" else {}
-        return self._read(message, silo, index, expected, self.job.run.limits)
+        """What a silo answered, checked; its parameters stay on the disk, see
+        `_whole`: those of all silos at once may be more than the memory."""
+        train, limits = task == "train", self.job.run.limits
+        expected = self.params if train else {}
+        update = self._read(message, silo, index, expected, limits, stays=train)
+        return replace(update, params={})
 
     def _read(
         self,
@@ -296,8 +300,11 @@ class RoundController(Controller):
         index: int,
         expected: Params,
         limits: exchange.Limits,
+        *,
+        stays: bool = False,
     ) -> exchange.ReceivedUpdate:
-        folder = self.record.inbox(index, silo)
+        """What came, checked. stays: its files are needed once more."""
+        folder, read = self.record.inbox(index, silo), False
         try:
             update = exchange.read_update(
                 unpack(message, folder, exchange.UPDATE),
@@ -307,11 +314,29 @@ class RoundController(Controller):
                 limits=limits,
                 ledger=self.record.ledger,
             )
+            read = True
         finally:
-            if not self.record.keeps_updates:
+            if not (self.record.keeps_updates or (stays and read)):
                 shutil.rmtree(folder, ignore_errors=True)
-        # The model's own order: a rule may add up entries, and the order shows.
-        return replace(update, params={k: update.params[k] for k in expected})
+        return update
+
+    def _whole(self, update: exchange.ReceivedUpdate) -> exchange.ReceivedUpdate:
+        """An update that was taken, with its parameters."""
+        if update.params:  # a secure sum is in memory
+            return update
+        folder = self.record.inbox(update.round_index, update.silo)
+        limits = replace(self.job.run.limits, max_norm=None)  # it was looked at
+        about = {"silo": update.silo, "round_index": update.round_index}
+        try:
+            found = exchange.read_update(folder, self.params, **about, limits=limits)
+            if found.sha256 != update.sha256:
+                raise exchange.Refused(update.silo, "it is another one")
+        except exchange.Refused as error:
+            raise ValueError(
+                f"{folder} was whole when it came, and cannot be used any more "
+                f"({error.reason}): look at the disk, then start the same run again"
+            ) from error
+        return found
 
     def process_result_of_unknown_task(self, *_: object, **__: object) -> None:
         """An answer after the deadline is not used."""

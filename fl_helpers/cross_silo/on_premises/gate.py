@@ -134,9 +134,10 @@ class Unreleased:
     without the gate nothing leaves, instead of everything.
 
     start: what of the model its training began with. seal: makes of an update that may
-    leave what does; None lets it out as it is. An update of None was sealed before."""
+    leave what does; None lets it out as it is. An update of None was sealed before.
+    kept: a folder that holds what left until the next answer; None keeps nothing."""
 
-    __slots__ = ("round_index", "seal", "start", "update")
+    __slots__ = ("kept", "round_index", "seal", "start", "update")
 
     def __init__(
         self,
@@ -144,9 +145,10 @@ class Unreleased:
         round_index: int,
         start: Mapping[str, Tensor] | None = None,
         seal: Callable[[Update | None], Update] | None = None,
+        kept: Path | None = None,
     ) -> None:
         self.update, self.round_index = update, round_index
-        self.start, self.seal = start, seal
+        self.start, self.seal, self.kept = start, seal, kept
 
 
 class Sums:
@@ -243,6 +245,7 @@ def _release(
     limits = replace(limits, max_norm=None)  # it was looked at
     exchange.check_update(update, expected, **about, limits=limits, ledger=ledger)
     with tempfile.TemporaryDirectory() as folder:
+        folder = found.kept or folder
         exchange.write_update(folder, update, round_index=index, limits=limits)
         return pack(folder)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ from fl_helpers.simulation import Params
 
 SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
+CUT = 120  # seconds without progress before a transfer begins anew, see `site.LINE`;
+# so long does a silo wait, too, for a short reply that was lost on its way
+DAY = 86_400  # seconds; a silo that is away is for deadline and quorum to judge
 MAY_CHANGE = (  # of a run that is resumed
     *("rounds", "quorum", "deadline", "stop"),
     "wait_for_quorum",
@@ -107,7 +111,22 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     sites = {site_name(silo): silo for silo in silos}
     content = {"run": to_plain(run), "silos": sites, "initial": digest}
     _write(app / RUN, {"id": run_id(app / RUN, content), **content})
-    return write_parts(app, quorum, CONTROLLERS[run.secure], CLASSES[0], TASKS)
+    folder = write_parts(app, quorum, CONTROLLERS[run.secure], CLASSES[0], TASKS)
+    return _without_model(folder, run, sites)
+
+
+def _without_model(folder: Path, run: Run, sites: Iterable[str]) -> Path:
+    """Let the silos get the job without the model, which comes with each round: the
+    engine gives a silo ten seconds to take a job, and a slow line needs more."""
+    own = folder / "site"
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(folder / "app", own, ignore=shutil.ignore_patterns(INITIAL))
+    kept = {name: run.params[name] for name in run.params if name in run.keep_local}
+    save_file(kept, own / CONFIG / INITIAL)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    places = {"app": ["server"], own.name: sorted(sites)}
+    _write(folder / "meta.json", meta | {"deploy_map": places})
+    return folder
 
 
 def write_parts(
@@ -122,9 +141,12 @@ def write_parts(
     rounds = {"id": "rounds", "path": controller, "args": {}}
     poll = {"task_request_interval": 0.1}  # seconds; by default 2
     server = base | {"workflows": [rounds], "server": poll}
+    server["dead_client_grace_period"] = DAY  # by default the job ends after a minute
     _write(app / "config_fed_server.json", server)
     work = [{"tasks": [*tasks], "executor": {"path": executor, "args": {}}}]
-    _write(app / "config_fed_client.json", base | {"executors": work})
+    client = base | {"executors": work}
+    client |= {"get_task_timeout": CUT, "submit_task_result_timeout": CUT}
+    _write(app / "config_fed_client.json", client)
     return folder
 
 

@@ -77,8 +77,12 @@ class Record:
         return self.folder / f"model_{rounds_done:04d}"
 
     def inbox(self, round_index: int, silo: str) -> Path:
-        """Where an update lies while it is read; see `keeps_updates`."""
+        """Where an update lies until its round is over; see `keeps_updates`."""
         return self.folder / "inbox" / f"{round_index:04d}" / silo
+
+    def empty_inbox(self) -> None:
+        if not self.keeps_updates:
+            shutil.rmtree(self.folder / "inbox", ignore_errors=True)
 
     @property
     def local(self) -> Path:

@@ -28,6 +28,25 @@ SERVER_CLASSES = (*CONTROLLERS, *ANALYSES)  # that one may name at the server
 CONFIG = "config"  # not the engine's own setting: some kits' start.sh leave it empty
 INITIAL, RUN = "initial.safetensors", "run.json"  # in it, at the server and all silos
 FILES = (INITIAL, RUN, "config_fed_client.json", "config_fed_server.json")
+LINE = {  # of what travels; the engine's own are for 25 Gbit/s, see its stream_const.py
+    "streaming_chunk_size": 2**18,  # bytes; what is sent again if it is lost
+    "streaming_window_size": 2**20,  # bytes on their way at once
+    "streaming_ack_interval": 2**18,
+    "streaming_reliable": True,  # updates, too, not only models
+    "streaming_retry_wait": 20,  # seconds: more than a window at a megabit per second
+    "streaming_retry_timeout": 120,  # seconds of a cut, then a transfer begins anew
+    "streaming_ack_progress_timeout": 120,
+    "grpc": {
+        "options": [  # the first two are the engine's own
+            ["grpc.max_send_message_length", 2**31 - 2**21],
+            ["grpc.max_receive_message_length", 2**31 - 2**21],
+            # By default 60 s without an answer: then the server hangs up, and the
+            # silo's side does not notice and never connects again.
+            ["grpc.http2.ping_timeout_ms", 900_000],
+            ["grpc.keepalive_timeout_ms", 900_000],
+        ]
+    },
+}
 VERSION = 2  # of what `harden_site` writes; 1 named classes in fl_helpers.on_premises
 
 
@@ -121,6 +140,7 @@ def harden_site(
     scope = {"name": "federated_learning", "task_result_filters": [gate]}
     scopes = {"scopes": [scope], "default_scope": scope["name"]}
     write_local(kit, "resources.json", resources)
+    write_local(kit, "comm_config.json", LINE)
     write_local(kit, "authorization.json", _authorization(admin_role))
     write_local(kit, "privacy.json", scopes)
     write_site(kit, site)
@@ -158,6 +178,7 @@ def harden_server(kit: str | Path, *, admin_role: str = "project_admin") -> None
             component["args"]["uri_root"] = str(kit / "jobs")
     resources["components"] += [_component("hub_guard", f"{HERE}.guards.HubGuard")]
     write_local(kit, "resources.json", resources)
+    write_local(kit, "comm_config.json", LINE)
     write_local(kit, "authorization.json", _authorization(admin_role))
 
 

@@ -2,8 +2,8 @@
 
 The worker, which holds the connection, the gate and the ledger, starts this file as a
 program, in a sandbox: it reads the data, the code and what comes through a pipe, and
-writes a folder for itself and the privacy account. Models and updates go through the
-pipe as safetensors, all else as JSON.
+writes a folder for itself, its home, and the privacy account. Models and updates go
+through the pipe as safetensors, all else as JSON.
 """
 
 from __future__ import annotations
@@ -165,13 +165,15 @@ class Trainer:
         return found, parts
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """The process, confined; it begins to load the data at once."""
+        """The process, confined; it begins to load the data at once. Its home has what
+        an earlier one of this run left, such as a checkpoint within a turn."""
         work, account = self.kit / "work" / self.plan["job"], self.plan["account"]
-        shutil.rmtree(work, ignore_errors=True)
-        for folder in (work, Path(account)):
+        scratch = work / "tmp"
+        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in (scratch, Path(account)):
             folder.mkdir(parents=True, exist_ok=True)
         own = {k: v for k, v in os.environ.items() if _is_kept(k)}
-        own |= {"HOME": str(work), "TMPDIR": str(work)}
+        own |= {"HOME": str(work), "TMPDIR": str(scratch)}
         places = filter(None, own.get("PYTHONPATH", "").split(os.pathsep))
         read = [path for path in places if not self.kit.is_relative_to(path)]
         process = subprocess.Popen(
