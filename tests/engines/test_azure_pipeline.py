@@ -183,6 +183,16 @@ def test_packages_have_exact_versions_from_known_places(line):
         snapshot.check_packages(conda | bad)
 
 
+def test_the_file_of_packages_is_looked_at_whenever_it_is_read(
+    fed, tmp_path, monkeypatch
+):
+    text = (snapshot.JOBS / "conda.yaml").read_text()
+    (tmp_path / "conda.yaml").write_text(text.replace("torch==", "torch>=", 1))
+    monkeypatch.setattr(snapshot, "JOBS", tmp_path)
+    with pytest.raises(ValueError, match="torch>="):
+        snapshot.environments(fed)
+
+
 STOP = Stop("loss", 2)
 
 
