@@ -92,6 +92,7 @@ def test_a_quorum_plays_without_the_silo_that_is_missing(fed, params, tmp_path):
     assert {job.party.compute for job in plan.jobs} == {
         *("hospital-a", "hospital-c", "orchestrator")
     }
+    assert [silo.name for silo in plan.silos] == sorted(some)
     back = azure_trial.build(
         *(fed, params, tmp_path),
         **{"rounds": 4, "part_name": "s", "start": ("r", 3), "final": False},

@@ -658,6 +658,17 @@ def test_a_plan_that_was_changed_is_refused(sent):
             pipeline.check_plan(changed)
 
 
+def test_no_other_file_is_sent_with_the_code_not_even_a_harmless_one(sent):
+    """A job may find some of the service's beside its code; what is sent has none."""
+    more = sent[0].code["silo"] / "notes.txt"
+    more.write_text("patient 4711")
+    try:
+        with pytest.raises(plan.PlanRefused, match="notes.txt"):
+            pipeline.check_plan(sent[0])
+    finally:
+        more.unlink()
+
+
 def test_a_job_of_the_sdk_is_compared_without_a_network(sent):
     made = sent[0]
     wire.check_job(sdk.to_job(made), made)

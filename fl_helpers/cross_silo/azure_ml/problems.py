@@ -82,10 +82,15 @@ def in_plain_words(what: str) -> Iterator[None]:
 
 
 def _passes(error: Exception) -> bool:
-    from azure.core.exceptions import ServiceRequestError, ServiceResponseError
+    from azure.core.exceptions import (
+        HttpResponseError,
+        ServiceRequestError,
+        ServiceResponseError,
+    )
 
     status = getattr(error, "status_code", None) or 0
     away = isinstance(error, ServiceRequestError | ServiceResponseError)
+    away |= isinstance(error, HttpResponseError) and not status  # cut in the middle
     return away or status >= 500 or status in (408, 429)
 
 
