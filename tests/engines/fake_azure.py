@@ -33,7 +33,7 @@ OWN = "workspaceblobstore"  # the workspace's default datastore
 SILO = ("prepare", "train", "evaluate")
 BOUND = re.compile(r"\$\{\{parent\.jobs\.(\w+)\.outputs\.(\w+)\}\}")
 MODES = {"ReadOnlyMount": "ro_mount", "ReadWriteMount": "rw_mount", "Upload": "upload"}
-ASSETS = "codes|environments|components|models"
+ASSETS = "codes|environments|components|models|data"
 PAGE = 50  # children of a run, if no number is asked for
 SIZE = {"name": "Standard_DS3_v2", "family": "standardDSv2Family", "vCPUs": 4}
 

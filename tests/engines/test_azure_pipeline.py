@@ -92,6 +92,7 @@ def test_a_quorum_plays_without_the_silo_that_is_missing(fed, params, tmp_path):
     assert {job.party.compute for job in plan.jobs} == {
         *("hospital-a", "hospital-c", "orchestrator")
     }
+    assert [silo.name for silo in plan.silos] == sorted(some)
     back = azure_trial.build(
         *(fed, params, tmp_path),
         **{"rounds": 4, "part_name": "s", "start": ("r", 3), "final": False},
@@ -181,6 +182,16 @@ def test_packages_have_exact_versions_from_known_places(line):
     with pytest.raises(ValueError, match="must be a package=version"):
         bad = {"dependencies": ["python>=3", *conda["dependencies"]]}
         snapshot.check_packages(conda | bad)
+
+
+def test_the_file_of_packages_is_looked_at_whenever_it_is_read(
+    fed, tmp_path, monkeypatch
+):
+    text = (snapshot.JOBS / "conda.yaml").read_text()
+    (tmp_path / "conda.yaml").write_text(text.replace("torch==", "torch>=", 1))
+    monkeypatch.setattr(snapshot, "JOBS", tmp_path)
+    with pytest.raises(ValueError, match="torch>="):
+        snapshot.environments(fed)
 
 
 STOP = Stop("loss", 2)

@@ -227,3 +227,7 @@ def test_all_that_differs_is_told_at_once(made):
     assert len(refused.value.violations) == len(jobs) - 1  # initial is told nothing
     short = str(refused.value).count("\n- ")
     assert short == min(20, len(jobs) - 1) + (len(jobs) > 21)
+    many = plan.PlanRefused(
+        [plan.Violation("a job", "it", "x", str(n)) for n in range(23)]
+    )
+    assert str(many).endswith("says 19\n- and 3 more (.violations)")

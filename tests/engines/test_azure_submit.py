@@ -165,6 +165,12 @@ def test_nothing_is_sent_if_the_plan_is_refused(
         workspace.submit(connection, bad, approved=bad.digest)
     with pytest.raises(plan.PlanRefused, match="its digest is"):
         workspace.submit(connection, found, approved="0" * 64)
+    content = azure_trial.full_content()  # the same parties in another workspace
+    content["azure_ml"]["workspace"]["name"] = "other"
+    (tmp_path / "other").mkdir()
+    other = build(azure_trial.read(tmp_path / "other", content), tmp_path / "other")
+    with pytest.raises(plan.PlanRefused, match="its workspace is .*name='other'"):
+        workspace.submit(connection, other, approved=other.digest)
     (tmp_path / "code/silo/patients.csv").write_text("name,diagnosis\n")
     with pytest.raises(plan.PlanRefused, match=r"\['patients.csv'\] were added"):
         workspace.submit(connection, found, approved=found.digest)
@@ -234,6 +240,37 @@ def test_a_break_of_the_connection_does_not_end_the_waiting(
     monkeypatch.setattr("time.sleep", fake_azure.quick_sleep)
     with pytest.raises(AzureProblem, match="'trial'"):
         workspace.wait(connection, "trial", poll=0, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests.exceptions.ReadTimeout("slow"),
+        requests.exceptions.SSLError("cut"),
+        requests.exceptions.ChunkedEncodingError("cut in the middle"),
+        (429, "TooManyRequests", "later"),
+        (408, "RequestTimeout", "later"),
+        (502, "BadGateway", "later"),
+    ],
+)
+def test_errors_of_one_connection_are_not_those_of_the_run(
+    error, azure, connection, federation, tmp_path, monkeypatch
+):
+    send(connection, federation, tmp_path, rounds=1)
+    azure.jobs["trial"]["properties"]["status"] = "Completed"
+    left = [error] * 12
+
+    def deny(call):
+        if not (left and call.path.endswith("/jobs/trial")):
+            return None
+        found = left.pop()
+        if isinstance(found, Exception):
+            raise found
+        return fake_azure.failure(*found)
+
+    monkeypatch.setattr(azure, "deny", deny)
+    workspace.wait(connection, "trial", poll=0, show_progress=False)
+    assert not left
 
 
 def test_only_a_connection_of_ours_sends(federation, tmp_path):
@@ -487,6 +524,31 @@ def test_a_registered_environment_is_looked_for(azure, federation, tmp_path):
         AzureProblem, match="all: environment 'fl-gpu': it is not there"
     ):
         look(workspace.connect(gpu, credential=fake_azure.Credential()), gpu)
+
+
+@pytest.mark.parametrize(
+    "path, fine",
+    [
+        ("azureml://datastores/hospital_a/paths/radiographs", True),
+        ("azureml://datastores/hospital_b/paths/radiographs", False),
+        ("azureml://datastores/hospital_b/paths/datastores/hospital_a/paths/x", False),
+        ("https://x.blob.core.windows.net/radiographs", False),
+    ],
+)
+def test_a_data_asset_is_in_its_silos_own_store(path, fine, azure, tmp_path):
+    found = azure_trial.full_content()
+    found["silos"][0]["azure_ml"]["data"] = "azureml:radiographs:3"
+    fed = azure_trial.read(tmp_path, found)
+    azure.__init__(fed, tmp_path / "cloud")
+    about = {"dataType": "uri_folder", "dataUri": path}
+    where = f"{azure.workspace}/data/radiographs/versions/3"
+    azure.resources[where] = {"id": where, "name": "3", "properties": about}
+    there = workspace.connect(fed, credential=fake_azure.Credential())
+    if fine:
+        assert look(there, fed)[-1].found == path
+        return
+    with pytest.raises(AzureProblem, match="data asset.*not in its own datastore"):
+        look(there, fed)
 
 
 NO_TELEMETRY = """

@@ -401,13 +401,26 @@ def test_whatever_is_sent_it_is_refused_not_a_crash(body, gate, bodies):
 def test_nothing_that_could_run_is_sent_without_a_plan(sent, bodies):
     shut = wire.Gate(sent[0].federation)
     start = bodies[-1][1].rpartition("/jobs/")[0]
-    for below in ("jobs/x", "components/x/versions/1", "codes/x/versions/1"):
+    for below in (
+        *("jobs/x", "JOBS/x", "components/x/versions/1", "codes/x/versions/1"),
+        *(
+            "schedules/x",
+            "Schedules/x",
+            "onlineEndpoints/x/deployments/y",
+            "computes/x",
+        ),
+        *("datastores/hospital_a", "environments/x/versions/1", "outboundRules/x"),
+        *("models/x/../../jobs/x", "data/x/versions/1/more", "connections/x"),
+    ):
+        for method in ("PUT", "PATCH", "DELETE", "put"):
+            with pytest.raises(plan.PlanRefused, match="workspace.submit sends"):
+                shut.check(method, f"{start}/{below}", b"{}")
+    for below in ("jobs", "batchEndpoints/x/jobs", "schedules/x/trigger", "listKeys"):
         with pytest.raises(plan.PlanRefused, match="workspace.submit sends"):
-            shut.check("PUT", f"{start}/{below}", b"{}")
-    with pytest.raises(plan.PlanRefused):
-        shut.check("PUT", f"{start}/schedules/x", b"{}")
+            shut.check("POST", f"{start}/{below}", b"{}")
     shut.check("POST", f"{start}/jobs/x/cancel", b"")
     shut.check("PUT", f"{start}/models/x/versions/1", b"{}")
+    shut.check("PUT", f"{start}/data/x/versions/1", b"{}")
     shut.check("GET", f"{start}/jobs/x", None)
 
 
@@ -420,7 +433,203 @@ def test_code_that_others_registered_is_not_taken(sent, gate):
         assert len(gate.send(request).json()["value"]) == count
 
 
+# ---- by hand, from Azure's published types, by somebody who did not write the checks
+
+
+def output(uri, **more):
+    return {"uri": uri, "mode": "Upload", "job_output_type": "uri_folder"} | more
+
+
+def put(kind, name, key, value):
+    """A setting of a folder of a silo's job."""
+    return graph(lambda p: p["jobs"][A][kind][name].update({key: value}))
+
+
+def top(**more):
+    return graph(lambda p: p.update(more))
+
+
+def environment_of(**more):
+    def made(bodies):
+        method, path, body = next(b for b in bodies if "/environments/" in b[1])
+        return method, path, {"properties": body["properties"] | more}
+
+    return made
+
+
+def spec(**more):
+    return component("train", lambda p: p["componentSpec"].update(more))
+
+
+def compute(change):
+    return graph(
+        lambda p: p["jobs"][A].update(computeId=change(p["jobs"][A]["computeId"]))
+    )
+
+
+BY_HAND = [
+    *(put("outputs", "private", key, value) for key, value in {
+        "mode": "Direct", "assetName": "patients", "asset_version": "1",
+        "path_on_compute": "/mnt", "auto_delete_setting": {"value": "1d"},
+        "uri": f"{STORE}/HOSPITAL_A/paths/fl/private/trial/train_0000"}.items()),
+    *(put("outputs", "private", "uri", f"{STORE}/hospital_a/paths/{path}") for path in (
+        "/fl/private/trial/train_0000", "fl/private/trial/train%5f0000",
+        "fl\\private\\trial", "fl/private/trial/train_0000\u00a0",
+        "fl/private/${{name}}", "fl/./private/trial/train_0000")),
+    *(put("inputs", "data", "uri", uri) for uri in (
+        "AzureML://datastores/hospital_a/paths/radiographs",
+        f"{STORE}/hospital_a/paths/radiographs/",
+        "azureml://subscriptions/s/workspaces/ws/datastores/hospital_a/paths/x",
+        "abfss://data@store.dfs.core.windows.net/x", "azureml://jobs/x/outputs/y",
+        "azureml://registries/x/data/y/versions/1", "/subscriptions/x/data/y")),
+    *(put("inputs", "data", "mode", mode) for mode in ("Direct", "EvalMount")),
+    put("inputs", "round", "value", 0), put("inputs", "round", "value", ["0"]),
+    put("inputs", "seed", "value", "0 "), put("inputs", "metrics", "value", ""),
+    *(flow(kind, "more", value) for kind in ("inputs", "outputs")
+      for value in ({}, None, "")),
+    *(graph(lambda p, v=v: p["jobs"].update(more=v)) for v in ({}, "", [])),
+    graph(lambda p: p["outputs"].update(more={})),
+    graph(lambda p: p["outputs"].update(more=output(f"{STORE}/hospital_b/paths/x"))),
+    graph(lambda p: p["properties"].update({"patient 4711": ""})),
+    graph(lambda p: p["properties"].update({"patient 4711": None})),
+    job("patient Maria, 4711", ""), job("patient_maria", None), job("$ref", ""),
+    job("$values", []), job("output\u017f", {}), job("\uff4futputs", {}),
+    top(tags={"patient 4711": None}), top(**{"job\u017f": {}}),
+    top(inputs={"x": {"value": "1", "job_input_type": "literal"}}),
+    top(notificationSetting={"webhooks": {"x": {"webhookType": "AzureDevOps"}}}),
+    top(services={"x": {"jobServiceType": "JupyterLab"}}), top(isArchived=0),
+    top(identity={"identityType": "UserIdentity"}), top(sourceJobId="/x"),
+    graph(lambda p: p["settings"].update(on_finalize="collect")),
+    graph(lambda p: p["settings"].update(force_rerun=1)),
+    job("distribution", {"distribution_type": "Mpi"}), job("type", "sweep"),
+    graph(lambda p: p["jobs"][B]["distribution"].update(
+        process_count_per_instance=True)),
+    *(job("resources", {"shm_size": size}) for size in ("8g --privileged", "8g\n")),
+    *(job("resources", {"instance_count": count}) for count in (True, 1.0)),
+    job("limits", {"timeout": "P1D", "job_limits_type": "Sweep"}),
+    compute(lambda c: f"{c}/../hospital-b"), compute(lambda c: f"{c}/"),
+    compute(lambda c: c.replace("l-a", "l%2Da")), compute(lambda c: [c]),
+    spec(limits={"timeout": "soon"}), spec(additional_includes=["../x"]),
+    spec(code="git+https://github.com/x/y"), spec(identity={"type": "managed"}),
+    spec(environment={"image": "x"}), spec(environment="azureml:x@latest"),
+    spec(environment="azureml:/subscriptions/x/environments/y/versions/1"),
+    component("train", lambda p: p["componentSpec"]["outputs"].update(more={})),
+    component("train", lambda p: p["componentSpec"]["inputs"].update(more={})),
+    component("train", lambda p: p["componentSpec"]["inputs"]["data"].update(
+        optional=True)),
+    component("train", lambda p: p["componentSpec"]["outputs"]["private"].update(
+        early_available=True)),
+    *(text(lambda t, s=s: t.replace("\n", s)) for s in ("\u2028", "\x85", "\r")),
+    *(text(lambda t, s=s: t.replace("- torch", f"-{s}torch")) for s in "\t\u00a0"),
+    text(lambda t: f"%YAML 1.1\n---\n{t}"), text(lambda t: f"{t}...\n"),
+    text(lambda t: t.replace("torch==", "#torch==", 1)),
+    environment_of(osType="Windows"), environment_of(autoRebuild="OnBaseImageUpdate"),
+    environment_of(condaFile="x"), environment_of(condaFile={"x": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(BY_HAND)))
+def test_a_leak_that_was_thought_of(number, gate, bodies):
+    method, path, body = BY_HAND[number](bodies)
+    assert json.dumps(body) not in [json.dumps(b) for _, _, b in bodies]
+    assert refusal(gate, method, path, body), body
+
+
+def test_code_comes_from_where_it_was_uploaded(gate, bodies):
+    """Not from what a message of ours would say, at an address that nobody uploaded."""
+    method, path, body = next(
+        b for b in bodies if "codeUri" in b[2].get("properties", {})
+    )
+    other = path.replace(path.split("/")[-3], "1" * 8 + "-2222" * 3 + "-" + "3" * 12)
+    for where in (
+        "None/silo",
+        "where it was uploaded/silo",
+        body["properties"]["codeUri"],
+    ):
+        changed = {"properties": body["properties"] | {"codeUri": where}}
+        assert "not uploaded" in refusal(gate, method, other, changed)
+
+
+def test_what_is_written_in_another_way_is_the_same(gate, bodies):
+    """Addresses in capitals, and what the guide says may differ."""
+    method, path, body = bodies[-1]
+    for change in (str.upper, str.lower, str.title, lambda a: f"azureml:{a}"):
+        made = json.loads(json.dumps(body))
+        for node in made["properties"]["jobs"].values():
+            node |= {key: change(node[key]) for key in ("computeId", "componentId")}
+        assert not refusal(gate, method, path, made)
+    for more in (
+        job("resources", {"instance_count": "1", "shm_size": "64G"}),
+        job("description", None),
+        job("environment_variables", {}),
+        top(computeId=None, notificationSetting=None, sourceJobId=""),
+        text(lambda t: t.replace("\n", "\r\n")),
+        text(lambda t: yaml.safe_dump(yaml.safe_load(t), indent=8)),
+    ):
+        assert not refusal(gate, *more(bodies))
+
+
 # ---- the plan itself
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x["silos"][0]["azure_ml"].update(data="azureml:radiographs:3"),
+        lambda x: x["azure_ml"].update(environment="azureml:fl-gpu:3"),
+        lambda x: x["azure_ml"]["workspace"].update(resource_group="rg.(x)"),
+    ],
+)
+def test_what_silos_yaml_may_say_passes_as_the_sdk_sends_it(
+    change, tmp_path, monkeypatch
+):
+    """Azure's own client writes data assets and environments as addresses."""
+    content = azure_trial.full_content()
+    change(content)
+    fed = azure_trial.read(tmp_path, content)
+    fake = fake_azure.FakeAzure(fed, tmp_path / "cloud")
+    made = azure_trial.build(fed, azure_trial.model().state_dict(), tmp_path, rounds=1)
+    send = fake_azure.adapter(fake)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    connection = workspace.connect(fed, credential=fake_azure.Credential())
+    workspace.submit(connection, made, approved=made.digest)
+    bodies, gate = azure_mutations.parsed(fake.calls), wire.Gate(fed)
+    gate.plan = made
+    for call in fake.calls:
+        if call.method in ("PUT", "POST") and call.path.startswith("/subscriptions"):
+            gate.check(call.method, call.path, call.body)
+            gate.note(call.path, call.body, call.answer[1])
+    node = json.dumps(bodies[-1][2]["properties"]["jobs"]["prepare_hospital_a"])
+    if "radiographs/versions/3" in node:
+        for other in ("radiographs/versions/2", "other/versions/3", "radiographs:3"):
+            text = json.dumps(bodies[-1][2]).replace("radiographs/versions/3", other)
+            body = json.loads(text)
+            assert "inputs.data" in refusal(gate, *bodies[-1][:2], body)
+        text = json.dumps(bodies[-1][2]).replace("/ws/data/", "/other/data/")
+        assert "not ours" in refusal(gate, *bodies[-1][:2], json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"name": "../x"},
+        {"name": "a b; curl x.org"},
+        {"name": "x\n"},
+        {"start": ("../updates/hospital_b/trial", 0)},
+        {"start": ("", 1)},
+        {"start": ("x", "../1")},
+        {"kept": {"Hospital A": ("../../private/trial", 1)}},
+    ],
+)
+def test_a_graph_that_no_signature_covers_leads_nowhere_else(part, sent):
+    """Its name, and where it starts, are not in the digest: they are parts of paths."""
+    from dataclasses import replace
+
+    made = sent[0]
+    with pytest.raises(ValueError, match="graphs have names"):
+        pipeline._check_run(made.run, made.federation, plan.Part(**part))
+    with pytest.raises(plan.PlanRefused, match="graphs have names"):
+        pipeline.check_plan(replace(made, part=plan.Part(**part)))
 
 
 def test_a_plan_that_was_changed_is_refused(sent):
@@ -438,9 +647,26 @@ def test_a_plan_that_was_changed_is_refused(sent):
         replace(made, digest="0" * 64),
         replace(made, codes=made.codes | {"silo": "0" * 64}),
         replace(made, federation=other),
+        replace(made, codes={}),  # never a KeyError, or another surprise
+        replace(made, code={}),
+        replace(made, outputs=None),
+        replace(made, jobs=(None,)),
+        replace(made, run=None),
+        replace(made, part=plan.Part(silos=frozenset(["Hospital X", "Hospital Y"]))),
     ):
         with pytest.raises(plan.PlanRefused):
             pipeline.check_plan(changed)
+
+
+def test_no_other_file_is_sent_with_the_code_not_even_a_harmless_one(sent):
+    """A job may find some of the service's beside its code; what is sent has none."""
+    more = sent[0].code["silo"] / "notes.txt"
+    more.write_text("patient 4711")
+    try:
+        with pytest.raises(plan.PlanRefused, match="notes.txt"):
+            pipeline.check_plan(sent[0])
+    finally:
+        more.unlink()
 
 
 def test_a_job_of_the_sdk_is_compared_without_a_network(sent):
@@ -472,6 +698,10 @@ def test_the_file_for_the_command_line_is_the_same_run(sent, tmp_path):
     found = job._to_rest_object().properties
     legal = sdk.to_job(made)._to_rest_object().properties
     assert found["jobs"].keys() == legal["jobs"].keys()
+    for key in ("displayName", "experimentName", "properties", "outputs"):
+        assert wire._plain(found[key]) == wire._plain(legal[key]) != {}, key
+    assert found["settings"]["force_rerun"] is True
+    assert {k for k, v in found["settings"].items() if v} == {"force_rerun", "_source"}
     for name, node in legal["jobs"].items():
         for key in node.keys() - {"componentId", "_source"}:
             assert found["jobs"][name].get(key) == node[key], (name, key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,7 +52,18 @@ def build_pipeline(
 
 def check_plan(plan: Plan) -> None:
     """Refuse a plan that is not the one of its run and federation, or whose code is not
-    what it says. Raises PlanRefused."""
+    what it says. Raises PlanRefused, whatever is wrong with it."""
+    try:
+        wrong = _compare(plan)
+    except Exception as error:
+        why = Violation("the plan", "it", f"not complete ({error!r})", "what was built")
+        raise PlanRefused([why]) from error
+    if wrong:
+        raise PlanRefused(wrong)
+
+
+def _compare(plan: Plan) -> list[Violation]:
+    """Where a plan is not the one that `build_pipeline` makes."""
     _check_run(plan.run, plan.federation, plan.part)
     jobs, outputs = _graph(plan.run, plan.federation, plan.part, plan.codes)
     legal, found = ({job.name: job for job in some} for some in (jobs, plan.jobs))
@@ -69,8 +81,7 @@ def check_plan(plan: Plan) -> None:
             start.verify(plan.code[key], digest, exactly=True)
         except (OSError, ValueError) as error:
             wrong += [Violation("the code", key, str(error), digest)]
-    if wrong:
-        raise PlanRefused(wrong)
+    return wrong
 
 
 def _digest(run: Run, federation: Federation, codes: Mapping[str, str]) -> str:
@@ -320,6 +331,7 @@ def _check_run(run: Run, federation: Federation, part: Part) -> None:
             "wait_for_quorum is for runs on premises; here, set it to 0, and play the "
             "run again when more silos are there"
         )
+    _check_names(part)
     count = len((federation.only(part.silos) if part.silos else federation).silos)
     if count < 2:
         raise ValueError(f"a run needs 2 silos, got {count}")
@@ -347,3 +359,14 @@ def _check_run(run: Run, federation: Federation, part: Part) -> None:
             f"run are {sorted(run.limits.metrics)}, silos.yaml allows "
             f"{sorted(own.metrics)}; name some in both, or set evaluate=False"
         )
+
+
+def _check_names(part: Part) -> None:
+    """Graphs are parts of paths, and no signature is on them: no dots, no slashes."""
+    before = [part.start] if part.start else []
+    for name, done in [(part.name or "x", 0), *before, *part.kept.values()]:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,70}", name) or type(done) is not int:
+            raise ValueError(
+                f"graphs have names of letters, digits, _ and -, at most 70, and "
+                f"integers as rounds; got {name!r}, {done!r}"
+            )

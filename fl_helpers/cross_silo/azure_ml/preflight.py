@@ -221,6 +221,7 @@ def _assets(client: Any, federation: Federation) -> Iterator[Finding]:
         name, version = party.data.removeprefix("azureml:").split(":")
         asset, problem = _ask(lambda n=name, v=version: client.data.get(n, v))
         path = str(asset.path) if asset else ""
-        if asset and f"/datastores/{party.datastore}/paths/" not in path:
+        below = path.partition("/datastores/")[2]
+        if asset and not below.startswith(f"{party.datastore}/paths/"):
             problem = f"it is {path}, not in its own datastore {party.datastore!r}"
         yield Finding(party.name, "data asset", name, path, problem)

@@ -30,7 +30,8 @@ REMEDIES = [  # (in the text of an error, what it means, what to do)
     (
         "AuthorizationPermissionMismatch",
         "a role on the storage account is missing",
-        "ask its owner for `Storage Blob Data Contributor`; a new role takes minutes",
+        "ask its owner for `Storage Blob Data Contributor`; a new role takes up to an "
+        "hour",
     ),
     (
         "AuthorizationFailure",
@@ -81,10 +82,15 @@ def in_plain_words(what: str) -> Iterator[None]:
 
 
 def _passes(error: Exception) -> bool:
-    from azure.core.exceptions import ServiceRequestError, ServiceResponseError
+    from azure.core.exceptions import (
+        HttpResponseError,
+        ServiceRequestError,
+        ServiceResponseError,
+    )
 
     status = getattr(error, "status_code", None) or 0
     away = isinstance(error, ServiceRequestError | ServiceResponseError)
+    away |= isinstance(error, HttpResponseError) and not status  # cut in the middle
     return away or status >= 500 or status in (408, 429)
 
 
@@ -101,7 +107,7 @@ def explain(error: Exception) -> str:
         what = f" for {action[1]}" if action else ""
         return (
             f"a role is missing{what}; ask the workspace's owner for `AzureML Data "
-            "Scientist`; a new role takes minutes, then sign in again"
+            "Scientist`; a new role takes up to an hour, then sign in again"
         )
     if status == 401 or isinstance(error, ClientAuthenticationError):
         return "you are not signed in; `az login`, then try again"

@@ -7,7 +7,6 @@ them, key by key; what is not known is refused. `check_job` does so without a ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -21,13 +20,17 @@ import yaml
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse
 
+from fl_helpers.cross_silo.azure_ml.bodies import (
+    component_name,
+    environment_text,
+    graph_of,
+    spec_of,
+)
 from fl_helpers.cross_silo.azure_ml.pipeline import check_plan
-from fl_helpers.cross_silo.azure_ml.plan import Flow, Job, Plan, PlanRefused, Violation
-from fl_helpers.cross_silo.azure_ml.sdk import TYPES, properties
+from fl_helpers.cross_silo.azure_ml.plan import Plan, PlanRefused, Violation
 from fl_helpers.cross_silo.azure_ml.snapshot import environments
 from fl_helpers.cross_silo.federation import Federation
 
-MODES = {"ro_mount": "ReadOnlyMount", "rw_mount": "ReadWriteMount", "upload": "Upload"}
 FREE = {  # where a value may differ, and what it may be: nothing more leaves by it
     "limits.timeout": (
         r"P(?=.)((\d{1,9})D)?(T(?=.)((\d{1,9})H)?((\d{1,9})M)?((\d{1,9})S)?)?"
@@ -36,11 +39,23 @@ FREE = {  # where a value may differ, and what it may be: nothing more leaves by
     "resources.instance_count": "1",
 }
 LONGEST = 21 * 86_400  # seconds of a job, by Azure ML
-EMPTY = (None, {}, [], "")  # as good as a key that is not there
-CREATES = re.compile(r"/(jobs|components|codes|schedules|batchEndpoints)/[^/]+(/|$)")
+EMPTY = (None, {}, [], "")  # as good as a key that is not there,
+WORDS = frozenset(  # if the key is a word of Azure's: another one could tell something
+    "description tags identity services properties inputs outputs resources limits "
+    "distribution environment_variables queue_settings default_compute comment version "
+    "default_datastore continue_on_step_failure display_name notificationSetting build "
+    "computeId componentId sourceJobId retry_settings parent mode assetName".split()
+)
+NAMES = ("inputs", "outputs")  # have no words of Azure's below them, but names
+ANY_TIME = re.compile(  # without a plan: stop a run, read its outputs, register
+    r"POST (jobs/[^/]+/cancel|/.*/(rundata|dataversion/batchGetResolvedUris))|"
+    r"PUT (models|data)/[^/]+(/versions/[^/]+)?|"
+    r"POST (models|data)/[^/]+/versions/[^/]+/startPendingUpload"
+)
 HOST = re.compile(  # of Azure: public, in China, of the US government
     r"https://management\.(azure\.com|chinacloudapi\.cn|usgovcloudapi\.net)/"
 )
+PLAIN = re.compile(r"([A-Za-z0-9_./-]|%2[89])+")  # of a path; parentheses are escaped
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 PARTS = re.compile(  # all that may be created, with names as the SDK makes them up
@@ -67,8 +82,8 @@ def check_job(job: Any, plan: Plan) -> None:
         nodes[name] = dict(node)
         if name in kinds and specs[name] is not None:
             spec = _offline(specs[name], plan)
-            wrong += _differ(spec, _spec(plan, kinds[name]), name)
-            nodes[name]["componentId"] = _component(plan, kinds[name])
+            wrong += _differ(spec, spec_of(plan, kinds[name]), name)
+            nodes[name]["componentId"] = component_name(plan, kinds[name])
         if name in kinds:
             compute = str(node.get("computeId")).removeprefix("azureml:")
             nodes[name]["computeId"] = _below(compute, plan.federation, "computes")
@@ -89,6 +104,8 @@ class Gate(HTTPAdapter):
     def __init__(self, federation: Federation) -> None:
         super().__init__()
         self.federation = federation
+        names = [party.compute for party in federation.parties]
+        self.computes = {name.lower(): name for name in names}
         self.plan: Plan | None = None
         self.known: dict[str, str] = {}  # what is at an address, by its lower case
         self.uploads: dict[str, str] = {}  # where the code of an address is sent to
@@ -112,7 +129,7 @@ class Gate(HTTPAdapter):
         if request.method == "GET" and path.endswith("/versions") and "hash=" in query:
             return self._answer(request, query)
         if self.plan and request.method not in ("GET", "HEAD"):
-            known = HOST.match(str(request.url))
+            known = HOST.match(str(request.url)) and PLAIN.fullmatch(url.path)
             if not known or not re.fullmatch(r"api-version=[\w.-]+", query):
                 where = request.method, "its address", request.url
                 raise PlanRefused(
@@ -128,12 +145,12 @@ class Gate(HTTPAdapter):
         """Raise PlanRefused for a request that does not belong to the plan."""
         if method in ("GET", "HEAD") and not body:
             return
+        below = _below(path, self.federation)
         if self.plan is None:
-            if method != "POST" and CREATES.search(path):
+            if not ANY_TIME.fullmatch(f"{method} {below}"):
                 why = Violation(method, path, "sent", "workspace.submit sends")
                 raise PlanRefused([why])
             return
-        below = _below(path, self.federation)
         content = _read(body)
         wrong = [Violation(method, path, "without a body of one meaning", "with one")]
         if type(content) is dict and type(content.get("properties", {})) is dict:
@@ -155,8 +172,7 @@ class Gate(HTTPAdapter):
             upload = {"pendingUploadType": "TemporaryBlobReference"}
             yield from _differ(body, upload, "the code")
         elif kind == "codes":
-            where = self.uploads.get(path.lower(), "where it was uploaded")
-            yield from _check_code(body, where)
+            yield from _check_code(body, self.uploads.get(path.lower()))
         elif kind == "environments":
             yield from _check_environment(body, plan)
         elif kind == "components":
@@ -167,14 +183,13 @@ class Gate(HTTPAdapter):
     def _check_component(self, body: Any, plan: Plan) -> Iterator[Violation]:
         found = _at(body, "properties", "componentSpec")
         kind = str(_at(found, "name")).removeprefix("fl_")
-        if not isinstance(found, dict) or not _spec(plan, kind):
+        if not isinstance(found, dict) or not spec_of(plan, kind):
             yield Violation("a component", "it", _short(found), "no such kind of job")
             return
         code, environment = str(found.get("code")), str(found.get("environment"))
         named = environment  # registered, by its name or by its address
         if environment.startswith("azureml:/subscriptions/"):
-            named = self._ours(environment, "environments").replace("/versions/", ":")
-            named = f"azureml:{named}"
+            named = self._asset(environment, "environments")
         made = self._made(environment) or (named if named[:8] == "azureml:" else None)
         spec = found | {"code": self._made(code), "environment": made}
         legal = {"isAnonymous": True, "isArchived": False, "componentSpec": "compared"}
@@ -183,7 +198,7 @@ class Gate(HTTPAdapter):
             "properties": body["properties"] | {"componentSpec": "compared"},
         }
         yield from _differ(about, {"properties": legal}, kind)
-        yield from _differ(spec, _spec(plan, kind), kind)
+        yield from _differ(spec, spec_of(plan, kind), kind)
 
     def _translated(self, body: Any) -> Any:
         """The body of a job, with our names for what was sent before."""
@@ -194,11 +209,30 @@ class Gate(HTTPAdapter):
         for name, node in jobs.items():
             nodes[name] = node
             if isinstance(node, dict):
+                compute = self._ours(str(node.get("computeId")), "computes")
                 nodes[name] = node | {
-                    "computeId": self._ours(str(node.get("computeId")), "computes"),
+                    "computeId": self.computes.get(compute.lower(), compute),
                     "componentId": self._made(str(node.get("componentId"))),
+                    "inputs": self._named(node.get("inputs")),
                 }
         return found | {"jobs": nodes}
+
+    def _named(self, inputs: Any) -> Any:
+        """Inputs of a job, with data assets as a plan has them."""
+        if not isinstance(inputs, dict):
+            return inputs
+        uris = {name: str(_at(value, "uri")) for name, value in inputs.items()}
+        assets = {
+            name: inputs[name] | {"uri": self._asset(uri, "data")}
+            for name, uri in uris.items()
+            if uri.startswith("/subscriptions/")
+        }
+        return inputs | assets
+
+    def _asset(self, address: str, kind: str) -> str:
+        """A version of something registered here, as silos.yaml has it."""
+        name, _, version = self._ours(address, kind).partition("/versions/")
+        return f"azureml:{name}:{version}"
 
     def _made(self, address: str) -> str | None:
         """What went through here to an address; None if nothing did."""
@@ -230,10 +264,10 @@ class Gate(HTTPAdapter):
             part = found["codeUri"].rpartition("/")[2]
             return f"code {part} {self.plan.codes[part]}"
         if kind == "environments":
-            return _environment(found)
+            return environment_text(found)
         if kind == "components":
             name = found["componentSpec"]["name"].removeprefix("fl_")
-            return _component(self.plan, name)
+            return component_name(self.plan, name)
         return None
 
     def _answer(
@@ -246,110 +280,6 @@ class Gate(HTTPAdapter):
         about = {"Content-Type": kind, "Content-Length": str(len(body))}
         raw = HTTPResponse(BytesIO(body), about, 200, preload_content=False)
         return self.build_response(request, raw)
-
-
-# ---- the legal bodies
-
-
-def _graph(plan: Plan) -> dict[str, Any]:
-    names = {kind: _component(plan, kind) for kind in {job.kind for job in plan.jobs}}
-    return {
-        "displayName": plan.name,
-        "experimentName": plan.federation.project,
-        "properties": properties(plan),
-        "jobs": {job.name: _node(plan, job, names[job.kind]) for job in plan.jobs},
-        "outputs": {
-            name: {"uri": flow.uri, "mode": "Upload", "jobOutputType": "uri_folder"}
-            for name, flow in plan.outputs.items()
-        },
-        "settings": {"force_rerun": True, "_source": "DSL"},
-        "jobType": "Pipeline",
-        "isArchived": False,
-    }
-
-
-def _node(plan: Plan, job: Job, component: str) -> dict[str, Any]:
-    promoted = {(f.producer, f.output): name for name, f in plan.outputs.items()}
-    party, inputs = job.party, {}
-    for key, value in job.literals.items():
-        inputs[key] = {"value": str(value), "job_input_type": "literal"}
-    for flow in job.reads:
-        bound = f"${{{{parent.jobs.{flow.producer}.outputs.{flow.output}}}}}"
-        inputs[flow.name] = (
-            {"value": bound, "job_input_type": "literal"}
-            if flow.producer
-            else _folder(flow, "job_input_type")
-        )
-    outputs = {}
-    for flow in job.writes:
-        name = promoted.get((job.name, flow.name))
-        value = {"value": f"${{{{parent.outputs.{name}}}}}", "type": "literal"}
-        outputs[flow.name] = value if name else _folder(flow, "job_output_type")
-    several = job.kind == "train" and party.processes > 1
-    processes = {"process_count_per_instance": party.processes}
-    return {
-        "name": job.name,
-        "type": "command",
-        "computeId": party.compute,
-        "componentId": component,
-        "inputs": inputs,
-        "outputs": outputs,
-        "limits": {"timeout": _duration(plan), "job_limits_type": "Command"},
-        "resources": {"instance_type": party.instance_type, "shm_size": party.shm_size},
-        "distribution": {"distribution_type": "PyTorch"} | processes if several else {},
-        "_source": "BUILDER",
-    }
-
-
-def _folder(flow: Flow, kind: str) -> dict[str, str]:
-    return {"uri": flow.uri, "mode": MODES[flow.mode], kind: "uri_folder"}
-
-
-def _duration(plan: Plan) -> str:
-    """As ISO 8601 and the SDK write it: P1DT12H."""
-    days, hours = divmod(plan.federation.azure_ml.hours, 24)
-    return "P" + (f"{days}D" if days else "") + (f"T{hours}H" if hours else "")
-
-
-def _spec(plan: Plan, kind: str) -> dict[str, Any]:
-    """The legal component of a kind of job; empty if the plan has none."""
-    job = next((job for job in plan.jobs if job.kind == kind), None)
-    if job is None:
-        return {}
-    inputs = {key: {"type": TYPES[type(v)]} for key, v in job.literals.items()}
-    folder = {"type": "uri_folder", "mode": "ro_mount"}
-    return {
-        "name": f"fl_{kind}",
-        "display_name": kind,
-        "type": "command",
-        "command": job.command,
-        "code": f"code {job.code} {plan.codes[job.code]}",
-        "environment": _environment(environments(plan.federation)[job.code]),
-        "inputs": inputs | {flow.name: folder for flow in job.reads},
-        "outputs": {flow.name: {"type": "uri_folder"} for flow in job.writes},
-        "is_deterministic": False,
-        "_source": "BUILDER",
-    }
-
-
-def _component(plan: Plan, kind: str) -> str:
-    """One name for a component: two have it only if they are equal."""
-    text = json.dumps(_spec(plan, kind), sort_keys=True)
-    return f"component {kind} {hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def _environment(found: Any) -> str:
-    """One text for an environment, whoever says it; conda files in one form."""
-    if isinstance(found, str):
-        return found
-    conda = found.get("conda") or found.get("conda_file") or found.get("condaFile")
-    if isinstance(conda, str):
-        text, conda = conda, yaml.safe_load(conda)
-        if sorted(text.split()) != sorted(yaml.safe_dump(conda).split()):
-            raise ValueError(
-                "more than it means: a comment, or a key that is twice there"
-            )
-    return json.dumps([found.get("image"), conda], sort_keys=True)
 
 
 # ---- what is found, in our own terms
@@ -369,7 +299,7 @@ def _offline(spec: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     environment = spec.get("environment")
     if isinstance(environment, dict):
         extra = environment.keys() - {"name", "version", "image", "conda_file"}
-        environment = sorted(extra) or _environment(environment)
+        environment = sorted(extra) or environment_text(environment)
     code = folders.get(str(spec.get("code")), spec.get("code"))
     return {**spec, "code": code, "environment": environment}
 
@@ -378,18 +308,21 @@ def _check_graph(found: Any, name: str, plan: Plan) -> Iterator[Violation]:
     """The body of the job, with our names for computes and components."""
     if name != plan.name:
         yield Violation("the run", "its name", name, plan.name)
-    legal = _graph(plan)
+    legal = graph_of(plan)
     jobs = _at(found, "jobs")
     jobs = jobs if type(jobs) is dict else {}
     for key in sorted(legal["jobs"].keys() | jobs.keys()):
-        node = "null" if jobs.get(key, "") is None else jobs.get(key)
-        yield from _differ(node, legal["jobs"].get(key), key)
+        if key not in legal["jobs"]:
+            yield Violation(key, "it", "a job", "no such job")
+        yield from _differ(jobs.get(key), legal["jobs"].get(key), key)
     rest = {k: v for k, v in legal.items() if k != "jobs"}
     others = {k: v for k, v in found.items() if k != "jobs"} if jobs else found
     yield from _differ(others, rest, "the run")
 
 
-def _check_code(body: Any, where: str) -> Iterator[Violation]:
+def _check_code(body: Any, where: str | None) -> Iterator[Violation]:
+    if not where:
+        yield Violation("the code", "it", "not uploaded", "to be uploaded before")
     uri, found = (
         _at(body, "properties", "codeUri"),
         _at(body, "properties", "properties"),
@@ -404,7 +337,9 @@ def _check_code(body: Any, where: str) -> Iterator[Violation]:
 
 
 def _check_environment(body: Any, plan: Plan) -> Iterator[Violation]:
-    legal = [_environment(found) for found in environments(plan.federation).values()]
+    legal = [
+        environment_text(found) for found in environments(plan.federation).values()
+    ]
     found = body.get("properties") or {}
     about = {"isAnonymous": True, "isArchived": False}
     others = {k: v for k, v in found.items() if k not in ("condaFile", "image")}
@@ -420,7 +355,7 @@ def _check_environment(body: Any, plan: Plan) -> Iterator[Violation]:
 
 def _safe_environment(found: Mapping[str, Any]) -> str:
     try:
-        return _environment(found)
+        return environment_text(found)
     except (yaml.YAMLError, TypeError, ValueError):
         return ""
 
@@ -445,8 +380,12 @@ def _at(found: Any, *keys: str) -> Any:
 def _differ(found: Any, legal: Any, job: str, where: str = "") -> Iterator[Violation]:
     """Where two bodies differ, but for what is free or empty."""
     if isinstance(found, dict) and isinstance(legal, dict):
-        for key in sorted(found.keys() | legal.keys(), key=str):
-            place = f"{where}.{key}" if where else str(key)
+        names = where.rpartition(".")[2] in NAMES
+        for key in sorted(found.keys() | legal.keys()):
+            place = f"{where}.{key}" if where else key
+            known = key in legal or place in FREE or (key in WORDS and not names)
+            if not known:
+                yield Violation(job, place, "there", "nothing")
             yield from _differ(found.get(key), legal.get(key), job, place)
         return
     if isinstance(legal, dict) and not any(v not in EMPTY for v in legal.values()):
@@ -469,12 +408,13 @@ def _is_free(where: str, value: Any) -> bool:
 
 
 def _read(body: Any) -> Any:
-    """JSON that every reader takes for the same: UTF-8, and no key twice, not even in
-    another case, which .NET takes for the same; None for anything else."""
+    """JSON that every reader takes for the same: UTF-8, keys in ASCII and none twice,
+    not even in another case, which .NET takes for the same; None for anything else."""
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key.lower() for key, _ in found}) < len(found):
-            raise ValueError("a key that is there twice")
+        keys = {key.lower() for key, _ in found if key.isascii()}
+        if len(keys) < len(found):
+            raise ValueError("a key that is there twice, or looks like another")
         return dict(found)
 
     try:
