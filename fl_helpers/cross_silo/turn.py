@@ -102,7 +102,10 @@ def load_client(
     given: list[Any] = [Path(data), dict(settings)]
     if len(inspect.signature(function).parameters) > 2:
         if place is None:
-            raise ValueError(f"{entry} needs a place of its own; this engine has none")
+            raise ValueError(
+                f"{entry} needs a place of its own; there is none here (on Azure ML, "
+                "name the silos' account in silos.yaml)"
+            )
         given.append(place)
     client = function(*given)
     if not isinstance(client, Client):
