@@ -16,7 +16,7 @@ from conftest import linear_model, play
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo import hospital, turn
-from fl_helpers.cross_silo.account import SiloAccount
+from fl_helpers.cross_silo.account import Booked, SiloAccount, gather, kept
 from fl_helpers.models import small_cnn
 from fl_helpers.privacy import (
     SPENT,
@@ -240,6 +240,48 @@ def test_delta_must_be_well_below_one_over_the_patients(tmp_path):
     with pytest.raises(ValueError, match="40 patients, and delta is 0.004.* 0.0025"):
         train(account)
     assert account.lines == []
+
+
+# -- where one process books, and another one draws
+
+
+def test_one_books_and_another_one_draws_no_more_than_that(account, tmp_path):
+    """As jobs do: files that are written once, gathered before each turn."""
+    store, budget = tmp_path / "store", Budget(cost(2) * 1.001, 1e-3)
+
+    def turn_of(only, index, **more):
+        path = tmp_path / f"{only}.jsonl"
+        gather(store, path, run="first", round_index=index)
+        mine = SiloAccount(path, budget, silo="St. Mary", only=only)
+        return mine, lambda: train(mine, "first", index, **more)
+
+    def book(index, folder):
+        mine, begin = turn_of("book", index)
+        with pytest.raises(Booked):
+            begin()
+        (store / folder).mkdir(parents=True)
+        (store / folder / "account.jsonl").write_text(kept(mine, "first", index))
+
+    with pytest.raises(ValueError, match="has not booked round 0 of run 'first'"):
+        turn_of("draw", 0)[1]()
+    book(0, "a")
+    first = turn_of("draw", 0)[1]()
+    book(0, "b")  # another graph, the same turn: the same noise, and booked once
+    assert (store / "a/account.jsonl").read_text() == (
+        store / "b/account.jsonl"
+    ).read_text()
+    mine, draw = turn_of("draw", 0)
+    assert draw().equal(first) and mine.epsilon == cost(1)
+    with pytest.raises(ValueError, match="for another model, data or settings"):
+        turn_of("draw", 0, seed=1)[1]()
+    book(1, "c")
+    with pytest.raises(BudgetExceeded):
+        turn_of("book", 2)[1]()
+    secrets = {path.read_text().split("\n")[0] for path in store.rglob("*.jsonl")}
+    assert len(secrets) == 2  # one a turn
+    (store / "c/account.jsonl").write_text(next(iter(secrets)) + "\n")  # torn
+    with pytest.raises(ValueError, match="c/account.jsonl is damaged"):
+        turn_of("book", 2)
 
 
 # -- what it means

@@ -1,5 +1,7 @@
 import copy
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -593,3 +595,48 @@ def test_the_bound_holds_for_the_gaussian_mechanism():
     assert most_found(Budget(math.inf, delta)) == 1
     with pytest.raises(ValueError, match="false_alarms must be 0 to 1, got 2"):
         most_found(budget, false_alarms=2)
+
+
+# -- a share of the noise each: the table of docs/security.md
+
+
+def test_the_table_of_shares_is_what_the_accountant_says():
+    text = (Path(__file__).parents[1] / "docs/security.md").read_text()
+    part = text.split("### A share of the noise each")[1].split("\n## ")[0]
+    rows = re.findall(r"\| (\d+), (\d+) \| ([\d.]+) \| ([\d.]+) \|", part)
+    assert len(rows) == 5
+    for *shares, few, many in rows:
+        for share, said in zip(shares, (few, many), strict=True):
+            spent = ((2.0 * int(share) ** 0.5, 0.2, 100),)
+            assert f"{epsilon_spent(spent, 1e-5):.2f}" == said
+    # One record moves the sum by lr C / (rate N); rounding, each weight by a step.
+    step = 0.2 * 1 / (0.2 * 2000) / 2**-22
+    assert f"{100 * 2300**0.5 / step:.0f} %" == "2 %" and "give 2 %" in part
+    assert f"{100 * 11e6**0.5 / step:.0f} %" == "158 %" and "weights 158 %" in part
+
+
+def test_in_one_step_shares_of_noise_add_up_to_the_noise_of_the_sum():
+    """Updates of nothing but noise, at hospitals of different sizes: the weighted mean
+    has the noise of one step on all records, sqrt(n) times a share."""
+    sizes, noise, rate, lr = (10, 20, 40, 80), 2.0, 0.5, 0.1
+    total, updates = sum(sizes), []
+    for seed, n in enumerate(sizes):
+        records = torch.zeros(n, 50), torch.zeros(n)
+        silo = SimpleNamespace(name=str(seed), train=records)
+        model = torch.nn.Linear(50, 400, bias=False)
+        start = model.weight.detach().clone()
+        update = train_privately(
+            model,
+            silo,
+            mechanism=Mechanism(noise, 1.0, rate, steps=1),
+            account=account(),
+            lr=lr,
+            rng=torch.Generator().manual_seed(seed),
+            loss_fn=lambda logits, y: 0 * logits.sum(),
+        )
+        updates.append((update.params["weight"] - start) * n / total)
+    # In units of lr / (rate N), the sum's: 20,000 numbers, so std within 2 %.
+    stds = [value.std().item() * rate * total / lr for value in updates]
+    assert stds == pytest.approx([noise] * 4, rel=0.02)
+    whole = sum(updates).std().item() * rate * total / lr
+    assert whole == pytest.approx(noise * 4**0.5, rel=0.02)

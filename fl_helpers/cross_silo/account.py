@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fl_helpers.cross_silo.turn import ACCOUNT
 from fl_helpers.privacy import (
     Budget,
     Mechanism,
@@ -37,6 +38,10 @@ except ImportError:  # Windows: one process at a time
     fcntl = None
 
 
+class Booked(Exception):
+    """A turn is in the account, and this process was to do no more than that."""
+
+
 class SiloAccount:
     """What a silo of real runs has spent on one data set: in a file of its own, for all
     runs and engines, where lines are only ever added.
@@ -45,10 +50,19 @@ class SiloAccount:
     secret of the noise: keep it in the silo, and in the silo's backup. A turn is on the
     disk before its noise is drawn, so that a silo that is refused, late or killed has
     spent it, and only the very same turn can be drawn again.
+
+    only: "" books and draws. Where what one process writes is kept only once it has
+    ended, one books (it raises Booked before noise is drawn), and another one draws
+    (it refuses what was not booked): "book" and "draw".
     """
 
-    def __init__(self, path: str | Path, budget: Budget, *, silo: str) -> None:
+    def __init__(
+        self, path: str | Path, budget: Budget, *, silo: str, only: str = ""
+    ) -> None:
+        if only not in ("", "book", "draw"):
+            raise ValueError(f"only must be '', 'book' or 'draw', got {only!r}")
         self.path, self.budget, self.silo = Path(path), budget, silo
+        self.only = only
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -126,7 +140,8 @@ class SiloTurn:
 
         about: called once it is sure that the budget allows the turn; tells whatever
         the update depends on. The same again is not booked twice, and draws the same.
-        Raises BudgetExceeded, ValueError for a round that was answered otherwise."""
+        Raises BudgetExceeded, ValueError for a round that was answered otherwise, or
+        that was not booked where it only draws, and Booked where it only books."""
         own, row = self.account, (mechanism.noise_multiplier, mechanism.sample_rate)
         about_turn = {"run": self.run, "round": self.round_index}
         with own.path.open("a+b", buffering=0) as file:
@@ -134,6 +149,11 @@ class SiloTurn:
                 fcntl.flock(file, fcntl.LOCK_EX)
             known = [n for n in own.lines if about_turn.items() <= n.items()]
             after = own.spent
+            if not known and own.only == "draw":
+                raise ValueError(
+                    f"silo {own.silo!r} has not booked round {self.round_index} of run "
+                    f"{self.run!r}; nothing was trained"
+                )
             if not known:
                 more = *row, mechanism.steps
                 after = more_spent(after, more, self.budget, own.silo)
@@ -151,11 +171,46 @@ class SiloTurn:
                 line |= {"epsilon": epsilon_spent(after, self.budget.delta)}
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 _append(file, line | {"delta": self.budget.delta, "time": now})
+        if own.only == "book":
+            raise Booked
         return generator_of(hashlib.shake_256(f"{secret} {key}".encode()))
 
     def entries(self) -> dict[str, Tensor]:
         """Nothing: the account is not part of the model's state."""
         return {}
+
+
+def gather(folder: Path, target: Path, *, run: str = "", round_index: int = -1) -> None:
+    """Write an account of what was booked in separate files, each once, see `book.py`.
+
+    folder: has them at any depth: a secret, and the turn that was booked with it. run,
+    round_index: of the turn that goes on from its own secret; all others are of the
+    past. Raises ValueError for a damaged file."""
+    own, others = list[str](), list[str]()
+    for path in sorted(folder.rglob(ACCOUNT)):
+        texts = path.read_text().splitlines()
+        try:
+            secret, about = map(json.loads, texts)
+            same = (about["run"], about["round"]) == (run, round_index)
+            known = "secret" in secret and {"noise", "rate", "steps"} <= about.keys()
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"{path} is damaged; bring the hospital's backup back")
+        if same and not own:
+            own = texts
+        elif texts[1] not in (*own, *others):  # the same turn may be kept twice
+            others.append(texts[1])
+    target.write_text("".join(f"{text}\n" for text in (*own, *others)))
+
+
+def kept(account: SiloAccount, run: str, round_index: int) -> str:
+    """Of an account that `gather` began: one turn, as a file of its own keeps it."""
+    found = account._all_lines()
+    secret = next(n for n in found if "secret" in n)
+    about = {"run": run, "round": round_index}
+    line = next(n for n in found if about.items() <= n.items())
+    return f"{json.dumps(secret)}\n{json.dumps(line)}\n"
 
 
 def _secret(account: SiloAccount, file: Any) -> str:

@@ -61,6 +61,7 @@ OPTIONAL = {
     "azure_ml.hours": r"[1-9]\d{0,2}",
     "azure_ml.prepare": CLIENT,
     "azure_ml.orchestrator.instance_type": INSTANCE,
+    "silos[].azure_ml.account": FOLDER,
     "silos[].azure_ml.instance_type": INSTANCE,
     "silos[].azure_ml.outbox": DATASTORE,
     "silos[].azure_ml.processes": r"[1-9]\d?",
@@ -109,7 +110,8 @@ class Party:
     that is there. outbox: the orchestrator's datastore that a silo writes its updates
     to. instance_type: for computes that offer several (Kubernetes); "" is its own.
     shm_size: shared memory of a container, "8g". processes: of one training job, on
-    one machine, such as one per GPU.
+    one machine, such as one per GPU. account: the folder of its datastore where a silo
+    keeps its privacy budget, and what is booked; "" if it trains without.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Party:
     instance_type: str = ""
     shm_size: str = ""
     processes: int = 1
+    account: str = ""
 
     @property
     def key(self) -> str:
@@ -286,7 +289,8 @@ def _check_value(content: _Content, key: str) -> None:
     kind = int if limit else str
     if type(value) is not kind or not re.fullmatch(shape, str(value), re.ASCII):
         raise content.error(key, f"must match {shape}, got {value!r}")
-    if key.endswith("azure_ml.data") and {".", "..", "fl"} & set(value.split("/")):
+    folder = key.endswith(("azure_ml.data", "azure_ml.account"))
+    if folder and {".", "..", "fl"} & set(value.split("/")):
         why = f"must be a folder of its own, got {value!r}; runs write to fl/"
         raise content.error(key, why)
     if limit and value > limit:
@@ -346,6 +350,13 @@ def _azure_ml(
         for at, key in OWN.items():
             content.claim(f"silos[{n}].{at}", key, getattr(parties[n], key), owners)
     for n, party in enumerate(parties):
+        if bool(party.account) != bool(parties[0].account):
+            why = "must be there for all silos or for none: their jobs are the same"
+            raise content.error(f"silos[{n}].azure_ml.account", why)
+        data, account = f"{party.data}/", f"{party.account}/"
+        if data.startswith(account) or account.startswith(data):
+            why = f"must be beside the data, {party.data!r}, got {party.account!r}"
+            raise content.error(f"silos[{n}].azure_ml.account", why)
         owner = owners.get(("datastore", party.outbox.lower()), main.name)
         if owner != main.name:
             why = (

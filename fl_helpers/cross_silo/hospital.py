@@ -58,11 +58,9 @@ def private_client(data: Path, settings: dict[str, Any], place: Place) -> Client
     hospital's part in the run ends.
     """
     from fl_helpers import privacy
-    from fl_helpers.cross_silo.account import SiloAccount
 
     silo = load_silo(data)
-    budget = privacy.Budget(place.epsilon, place.delta)
-    account = SiloAccount(place.folder / "account.jsonl", budget, silo=silo.name)
+    account = place.account(silo.name)
     names = ("noise_multiplier", "max_grad_norm", "sample_rate")
     steps = int(settings["steps"])
     mechanism = privacy.Mechanism(*(settings[name] for name in names), steps)

@@ -14,13 +14,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.exchange import Ledger, read_model
 from fl_helpers.simulation import Params, draws_from, silo_rng
 from fl_helpers.training import Update, num_examples
 
+if TYPE_CHECKING:
+    from fl_helpers.cross_silo.account import SiloAccount
+
+ACCOUNT = "account.jsonl"  # in a silo's own folder
 MOVED = {"fl_helpers.hospital": "fl_helpers.cross_silo.hospital"}  # kits name these
 
 
@@ -36,12 +40,27 @@ class Place:
 
     folder: for what outlives runs, such as a privacy account. run: the run's name and
     id. epsilon, delta: the silo's privacy budget, by its own settings; None is none.
+    only: what this process does with the account, see `SiloAccount`.
     """
 
     folder: Path
     run: str
     epsilon: float | None = None
     delta: float | None = None
+    only: str = ""
+
+    def account(self, silo: str) -> SiloAccount:
+        """The silo's privacy account. Raises ValueError if it has no budget."""
+        from fl_helpers.cross_silo.account import SiloAccount
+        from fl_helpers.privacy import Budget
+
+        if self.epsilon is None or self.delta is None:
+            raise ValueError(
+                f"silo {silo!r} has no privacy budget; set epsilon and delta in the "
+                "silo's own settings"
+            )
+        budget, path = Budget(self.epsilon, self.delta), self.folder / ACCOUNT
+        return SiloAccount(path, budget, silo=silo, only=self.only)
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,10 @@ def load_client(
     given: list[Any] = [Path(data), dict(settings)]
     if len(inspect.signature(function).parameters) > 2:
         if place is None:
-            raise ValueError(f"{entry} needs a place of its own; this engine has none")
+            raise ValueError(
+                f"{entry} needs a place of its own; there is none here (on Azure ML, "
+                "name the silos' account in silos.yaml)"
+            )
         given.append(place)
     client = function(*given)
     if not isinstance(client, Client):

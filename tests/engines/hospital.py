@@ -1,6 +1,8 @@
 """What each hospital of the tests brings: data from its folder, a model, training."""
 
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fl_helpers.cross_silo.turn import Client
+from fl_helpers.privacy import Mechanism, train_privately
 from fl_helpers.scaffold import ControlVariates
 from fl_helpers.training import ProximalTerm, Update, evaluate, train_locally
 
@@ -80,6 +83,30 @@ def client(data, settings):
         return spoil(plan.get(str(round_index), ""), done)
 
     return Client(load_silo(data), with_faults, test)
+
+
+def private(data, settings, place):
+    """With DP-SGD, in the hospital's own account. A hospital's folder may say in which
+    round its process is killed, when it has drawn noise."""
+    silo, account = load_silo(data), place.account((data / "name").read_text())
+    step = Mechanism(2.0, max_grad_norm=1.0, sample_rate=0.5, steps=2)
+
+    def update(params, silo, *, round_index, rng):
+        model = private_model()
+        model.load_state_dict(params)
+        turn = account.turn(place.run, round_index)
+        how = {"mechanism": step, "account": turn, "lr": settings["lr"]}
+        done = train_privately(model, silo, **how)
+        if (data / "kill").exists() and (data / "kill").read_text() == str(round_index):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Update(done.silo, done.params, done.num_examples, {"steps": 2.0})
+
+    return Client(silo, update)
+
+
+def private_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
 
 
 def prepare(data, target, settings):

@@ -27,7 +27,8 @@ NAMES = [f"Hospital {k}" for k in "ABCD"]
 WHO = ["worker", "hospital", "server"]
 SETTINGS = {"num_classes": 2, "noise_multiplier": 2.0, "max_grad_norm": 1.0}
 SETTINGS |= {"sample_rate": 0.5, "steps": 1, "lr": 0.1}
-HOW_MANY = 20 if os.environ.get("FULL") else 3
+# With FULL=1 the machine may be busy: a run gives up if nobody is there in time.
+HOW_MANY, DEADLINE = (20, 120) if os.environ.get("FULL") else (3, 40)
 ROUNDS = 3
 
 
@@ -74,16 +75,14 @@ def test_a_run_survives_a_kill(fleet, params, number):
     rng = random.Random(number)
     who, silo, at = WHO[number % 3], rng.choice(NAMES), rng.randrange(1, 16)
     limits = Limits(metrics=frozenset({"steps"}))
-    how = {"rounds": ROUNDS, "seed": number, "quorum": 3, "deadline": 40}
+    how = {"rounds": ROUNDS, "seed": number, "quorum": 3, "deadline": DEADLINE}
     more = {"settings": SETTINGS, "limits": limits, "evaluate": False}
     run = Run(f"soak_{number}", params, secure=True, **how, **more)
-    seen, struck, ends = 0, False, {}
+    seen, struck = 0, False
     for _ in range(4):
         try:
-            for event in fleet.run(run, timeout=240):
+            for _event in fleet.run(run, timeout=6 * DEADLINE):
                 seen += 1
-                if event["event"] == "round_end":
-                    ends[event["round"]] = event["silos"]
                 if seen == at and not struck:
                     struck = True
                     strike(fleet, who, silo)
@@ -91,6 +90,10 @@ def test_a_run_survives_a_kill(fleet, params, number):
         except RunError:
             assert struck, "it failed by itself"
             fleet.wait_ready()
+    # What the server wrote: a kill may come before the reader of events has seen all.
+    lines = (fleet.kits / "server/runs" / run.name / "events.jsonl").read_text()
+    events = [json.loads(line) for line in lines.splitlines() if line.endswith("}")]
+    ends = {n["round"]: n["silos"] for n in events if n["event"] == "round_end"}
     assert sorted(ends) == list(range(ROUNDS)), (who, silo, at)
     assert all(len(silos) >= 3 for silos in ends.values())
     final = fleet.result(run)

@@ -148,7 +148,7 @@ def draw_plan(plan: Plan) -> Any:
             if flow.producer:
                 _arrow(ax, at[flow.producer], at[job.name])
         label = job.kind
-        if job.kind in ("train", "aggregate"):
+        if job.kind in ("book", "train", "aggregate"):
             label += f"\nround {job.literals['round']}"
         box = dict(boxstyle="round,pad=0.3", facecolor="white", edgecolor="#334")
         ax.text(*at[job.name], label, ha="center", va="center", fontsize=9, bbox=box)

@@ -208,6 +208,8 @@ class _Graph:
             literals = {"silo": silo.key, **self.limits(index, self.max_bytes)}
             literals["seed"] = self.run.seed
             reads = self.reads_of(silo, state, data)
+            if silo.account:
+                reads["booked"] = self.book(silo, index, reads)
             name = f"train_{index:04d}_{silo.key}"
             made = self.job("train", name, silo, literals, reads, writes)
             updates[f"update_{silo.key}"] = made["model_update"]
@@ -222,6 +224,16 @@ class _Graph:
         made = self.at_orchestrator("aggregate", name, literals, reads, writes)
         new |= {"memory": made["next_memory"]} if self.remember else {}
         return new | {"model": made["next_model"], "report": made["report"]}
+
+    def book(self, silo: Party, index: int, reads: dict[str, Flow]) -> Flow:
+        """A job of its own books a turn: what it wrote is kept before noise is drawn,
+        whatever becomes of the job that trains."""
+        path = f"{silo.account}/{self.name}/{index:04d}"
+        writes = {"booked": Flow("", silo.datastore, path, "upload")}
+        writes["private"] = self.private(silo, f"book_{index:04d}")
+        literals = {"silo": silo.key, **self.limits(index, self.max_bytes)}
+        name = f"book_{index:04d}_{silo.key}"
+        return self.job("book", name, silo, literals, reads, writes)["booked"]
 
     def test(
         self, rounds: int, state: dict[str, Flow], data: Mapping[str, Flow]
@@ -248,6 +260,8 @@ class _Graph:
     ) -> dict[str, Flow]:
         """What a job at a silo reads."""
         reads = {"data": data[silo.key], "model": state["model"]}
+        if silo.account:
+            reads["account"] = _read(silo, silo.account)
         return reads | ({"kept": state[f"kept_{silo.key}"]} if self.keep else {})
 
     def released(self, silo: Party, step: int | str) -> Flow:

@@ -5,8 +5,8 @@ There is exactly one plan for these; what the SDK would send must be equal to it
 (`wire.check_job`), so that nothing has to be judged:
 
 - a silo's job reads its own store, and `fl/models` of the orchestrator's;
-- it writes below `fl/` of its own store, and the released outputs below
-  `fl/updates/<its key>/` of its outbox;
+- it writes below `fl/` of its own store, what it books below its account there, and the
+  released outputs below `fl/updates/<its key>/` of its outbox;
 - an orchestrator's job reads and writes the orchestrator's stores, but writes nothing
   below `fl/updates/`.
 """

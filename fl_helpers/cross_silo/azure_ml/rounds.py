@@ -150,7 +150,8 @@ class _Driver:
 
     def silos_of(self, jobs: Iterable[str]) -> set[str]:
         """Whose jobs these are; the orchestrator's are nobody's."""
-        kinds = ("prepare", f"train_{self.state['rounds_done']:04d}", "evaluate")
+        here = f"{self.state['rounds_done']:04d}"
+        kinds = ("prepare", f"book_{here}", f"train_{here}", "evaluate")
         return {
             silo.name
             for silo in self.federation.silos

@@ -150,8 +150,10 @@ class _Runner:
         return all(flow.producer in ("", *self.marks) for flow in job.reads)
 
     def mark(self, job: Job) -> str:
-        """Fingerprint of all that a job's result depends on."""
-        before = [self.local(flow) for flow in job.reads if not flow.producer]
+        """Fingerprint of all that a job's result depends on. Not of the account, which
+        grows: what it says of this very turn does not change."""
+        given = [flow for flow in job.reads if not flow.producer]
+        before = [self.local(flow) for flow in given if flow.name != "account"]
         parts = [job.command, job.literals, _contents(before)]  # its code's digest, too
         parts += [[vars(flow) for flow in (*job.reads, *job.writes)]]
         parts += [[self.marks[flow.producer] for flow in job.reads if flow.producer]]
@@ -171,9 +173,10 @@ class _Runner:
         work = self.folder / "work" / job.name
         reads = {flow.name: self.local(flow) for flow in job.reads}
         writes = {flow.name: self.local(flow) for flow in job.writes}
-        for path in [work, *writes.values()]:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
+        for name, path in [("", work), *writes.items()]:
+            if name != "booked":  # for good
+                shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True, exist_ok=True)
         code = self.plan.code[job.code]
         _python, _flag, start, *words = job.command.split()
         values = {"inputs": job.literals | reads, "outputs": writes}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 FILES = "files.json"  # what is in a snapshot: {name: SHA-256}; its own is the digest
 SCRIPTS = {
-    "silo": ("prepare", "train", "evaluate"),
+    "silo": ("prepare", "book", "train", "evaluate"),
     "orchestrator": ("initial", "aggregate", "collect"),
 }
 AGAIN = "PYTHON_STARTED_AGAIN"

@@ -8,7 +8,9 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ from fl_helpers.simulation import Metrics, Params
 HERE = Path(__file__).resolve().parent
 INITIAL, MEMORY = "initial.safetensors", "memory.safetensors"
 KEPT = "entries that stay in the silo"  # who sends what a silo keeps for itself
+BUDGET, SPENT = "budget.json", "PRIVACY_BUDGET_SPENT"
 MLFLOW_NAMES = 50  # of metrics, that Azure ML takes in one run
 torch.set_num_threads(1)  # the number of threads changes the last bits
 atexit.register(gc.freeze)  # a job that ends need not take torch apart: seconds
@@ -44,11 +47,33 @@ def read_run() -> Run:
     return from_plain(read_content()["run"])
 
 
-def load_client(args: Namespace, run: Run) -> turn.Client:
+def load_client(
+    args: Namespace, run: Run, place: turn.Place | None = None
+) -> turn.Client:
     """The silo's own functions; ValueError if the data are another silo's."""
     content = read_content()
     entry, silo = here(content["client"]), content["silos"][args.silo]
-    return turn.load_client(entry, args.data, run.settings, silo=silo)
+    place = place or own_place(args, run, "draw")
+    return turn.load_client(entry, args.data, run.settings, silo=silo, place=place)
+
+
+def own_place(args: Namespace, run: Run, only: str) -> turn.Place | None:
+    """The silo's budget, as it wrote it into its own store itself, and for this process
+    a copy of the turn that was booked; None for a silo without an account."""
+    if args.account is None:
+        return None
+    try:
+        budget = json.loads((args.account / BUDGET).read_text(encoding="utf-8"))
+        epsilon, delta = float(budget["epsilon"]), float(budget["delta"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the silo's own {BUDGET} must be in its account's folder, with numbers "
+            f"epsilon and delta: {error!r}"
+        ) from None
+    folder = Path(tempfile.mkdtemp())
+    if only == "draw" and getattr(args, "booked", None):
+        shutil.copy(args.booked / turn.ACCOUNT, folder)
+    return turn.Place(folder, run.name, epsilon, delta, only)
 
 
 def here(entry: str) -> str:
@@ -78,7 +103,8 @@ def silo_parser() -> ArgumentParser:
     parser.add_argument("--metrics", required=True)
     for name in ("data", "model", "private"):
         parser.add_argument(f"--{name}", type=folder, required=True)
-    parser.add_argument("--kept", type=folder)
+    for name in ("kept", "account"):
+        parser.add_argument(f"--{name}", type=folder)
     return parser
 
 
@@ -103,7 +129,7 @@ def run_privately(private: Path, what: str, job: Callable[[], None]) -> None:
 
     What a job prints, and what it writes to `outputs/` where it starts, would leave the
     silo: Azure ML keeps it in the workspace's store. Of an error only the type leaves,
-    for its text may name a patient. Ends the process.
+    for its text may name a patient; of a spent budget, its code. Ends the process.
     """
     private.mkdir(parents=True, exist_ok=True)
     name = "log.txt" if is_first() else f"log_{int(os.environ['RANK'])}.txt"
@@ -115,7 +141,9 @@ def run_privately(private: Path, what: str, job: Callable[[], None]) -> None:
         said, code = "done", 0
     except BaseException as error:
         traceback.print_exc()
-        said, code = f"{type(error).__name__}; more in the silo, private/{name}", 1
+        spent = getattr(error, "code", None) == SPENT
+        what_kind = SPENT if spent else type(error).__name__
+        said, code = f"{what_kind}; more in the silo, private/{name}", 1
     os.write(outside, f"{what}: {said}\n".encode())
     sys.exit(code)
 

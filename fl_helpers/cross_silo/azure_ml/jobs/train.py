@@ -44,7 +44,8 @@ def main() -> None:
         "--seed", type=int, required=True, help="of the run; it is said"
     )
     parser.add_argument("--model_update", type=common.folder, required=True)
-    parser.add_argument("--next_kept", type=common.folder)
+    for name in ("booked", "next_kept"):
+        parser.add_argument(f"--{name}", type=common.folder)
     args = parser.parse_args()
     what = f"{args.silo}, round {args.round}"
     common.run_privately(args.private, what, lambda: train(args))
