@@ -179,8 +179,10 @@ def test_nothing_is_sent_if_the_plan_is_refused(
 
 def test_a_run_has_a_name_of_its_own(azure, connection, federation, tmp_path):
     send(connection, federation, tmp_path, rounds=1)
+    assert workspace._gates[connection].plan is None  # shut behind it
     with pytest.raises(AzureProblem, match="'trial'.*a name of its own"):
         send(connection, federation, tmp_path, rounds=1)
+    assert workspace._gates[connection].plan is None
 
 
 def test_a_job_that_fails_is_named(azure, connection, federation, tmp_path):
