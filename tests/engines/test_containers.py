@@ -17,7 +17,7 @@ from fl_helpers import exchange
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo import hospital, sandbox, turn
 from fl_helpers.cross_silo.federation import read_federation
-from fl_helpers.cross_silo.on_premises import fleet, gate, provision
+from fl_helpers.cross_silo.on_premises import fleet, gate, precheck_kit, provision
 from fl_helpers.cross_silo.run import Run
 from fl_helpers.silos import Examples, Silo
 from fl_helpers.simulation import run_rounds
@@ -118,6 +118,24 @@ def test_the_precheck_there_finds_the_kit_as_a_cluster_mounts_it(said):
     assert bad == {"connection"}  # there is no network
     for item in ("private key", "policy is protected", "user", "data folder"):
         assert rows[item] is True, item
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can lend a key: NOT tested")
+@pytest.mark.parametrize(
+    ("mode", "ok"),
+    [(0o400, True), (0o440, True), (0o640, True), (0o444, False), (0o660, False)],
+)
+def test_a_key_that_root_lends_to_the_pods_group_is_nobody_elses(
+    kit, tmp_path, monkeypatch, mode, ok
+):
+    shutil.copytree(kit, tmp_path / "kit")
+    key = tmp_path / "kit" / "startup" / "client.key"
+    key.chmod(mode)
+    monkeypatch.setattr(precheck_kit.os, "geteuid", lambda: 10001)
+    assert precheck_kit.CHECKS["hospital"]["private key"](tmp_path / "kit")[0] is ok
+    monkeypatch.undo()  # one's own key is for nobody else to read
+    found = precheck_kit.CHECKS["hospital"]["private key"](tmp_path / "kit")[0]
+    assert found is (mode == 0o400)
 
 
 def test_nvflares_own_preparation_takes_the_policy_away(kit, tmp_path):
