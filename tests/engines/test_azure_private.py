@@ -10,7 +10,8 @@ import torch
 from fl_helpers import exchange, simulation
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo.account import SiloAccount, gather
-from fl_helpers.cross_silo.azure_ml import run_locally
+from fl_helpers.cross_silo.azure_ml import explain, run_locally, sdk, wire
+from fl_helpers.cross_silo.azure_ml.plan import PlanRefused
 from fl_helpers.cross_silo.turn import Place
 from fl_helpers.privacy import Budget, epsilon_spent
 from fl_helpers.training import ClientFunctions
@@ -145,6 +146,19 @@ def test_the_plan_books_before_it_trains(tmp_path):
     orchestrators = [j for j in plan.jobs if j.party.name == "orchestrator"]
     for flow in (f for job in orchestrators for f in (*job.reads, *job.writes)):
         assert "privacy" not in flow.path
+
+
+def test_what_would_be_sent_is_the_plan_and_an_account_that_leaves_is_refused(tmp_path):
+    plan = build(tmp_path)
+    wire.check_job(sdk.to_job(plan), plan)
+    job = sdk.to_job(plan)
+    outside = "azureml://datastores/orchestrator/paths/privacy/first/0000"
+    job.jobs["book_0000_hospital_a"].outputs["booked"].path = outside
+    with pytest.raises(PlanRefused, match="book_0000_hospital_a: .*booked"):
+        wire.check_job(job, plan)
+    text = explain.explain_plan(plan).markdown
+    own = "hospital_a: privacy, hospital_a: privacy/first/, hospital_a: radiographs |"
+    assert own in text and "book.py" in text
 
 
 def test_a_hospital_without_a_budget_of_its_own_trains_nothing(data, tmp_path):

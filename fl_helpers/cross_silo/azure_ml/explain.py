@@ -114,7 +114,7 @@ def _folders(flows: Iterable[Flow]) -> str:
     above = [(store, path.rpartition("/")[0]) for store, path in found]
     shown = {
         f"{store}: {folder}/"
-        if above.count((store, folder)) > 1
+        if folder and above.count((store, folder)) > 1  # never the whole store
         else f"{store}: {path}"
         for (store, path), (_, folder) in zip(found, above, strict=True)
     }
