@@ -7,6 +7,8 @@ own, read-only.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,10 +81,7 @@ def write_bundle(folder, volumes, command, *, network=None):
     (box,) = pod["containers"]
     own, all_of_it = box["securityContext"], pod["securityContext"]
     subprocess.run(["runc", "spec", "--bundle", folder], check=True)
-    root = folder / "rootfs"
-    (root / "etc").mkdir(parents=True)
-    for name in ("bin", "lib", "lib64", "sbin"):
-        (root / name).symlink_to(f"usr/{name}")
+    root = make_root(folder)
     hosts = [f"{a['ip']} {' '.join(a['hostnames'])}" for a in pod["hostAliases"]]
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(hosts))
     config = json.loads((folder / "config.json").read_text())
@@ -113,6 +112,48 @@ def write_bundle(folder, volumes, command, *, network=None):
     config["mounts"] = [m for m in config["mounts"] if m["destination"] != "/dev/shm"]
     config["mounts"] += [*machine_mounts(), *pod_mounts(pod, box, volumes)]
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def make_root(folder):
+    """An empty root file system, for what is mounted into it."""
+    root = folder / "rootfs"
+    (root / "etc").mkdir(parents=True)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (root / name).symlink_to(f"usr/{name}")
+    return root
+
+
+def podman_line(folder, volumes, command):
+    """The guide's `podman run` in the foreground, with this machine's Python for an
+    image and no network at all."""
+    text = (ROOT / "docs" / "on-premises.md").read_text()
+    (said,) = re.findall(r"```bash\n(podman run .*?)```", text, re.DOTALL)
+    options = said.partition("podman run ")[2].partition("registry.")[0]
+    (box,) = shipped_pod()["containers"]
+    places = {mount["mountPath"]: mount["name"] for mount in box["volumeMounts"]}
+    line = ["podman", "--root", folder / "images", "--runroot", folder / "run"]
+    line += ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"]
+    line += ["--runtime", "runc", "run", "--rm"]
+    for kind in ("nofile", "nproc"):  # its own default is above what this machine has
+        line += ["--ulimit", f"{kind}=4096:4096"]
+    words = iter(shlex.split(options.replace("\\\n", " ")))
+    for word in words:
+        if word in ("--detach", "--init"):  # --init needs one more package
+            continue
+        value = next(words) if word != "--read-only" else None
+        if word == "--volume":
+            _, target, *how = value.split(":")
+            value = ":".join([str(volumes[places[target]]), target, *how])
+        elif word == "--network":
+            value = "none"
+        if word not in ("--name", "--restart"):
+            line += [word, value] if value else [word]
+    for mount in machine_mounts():
+        line += ["--volume", f"{mount['source']}:{mount['destination']}:ro"]
+    for setting in environment():
+        line += ["--env", setting]
+    line += ["--workdir", "/srv/fl/kit", "--rootfs", make_root(folder)]
+    return [str(word) for word in [*line, *command]]
 
 
 def containerfile(word):

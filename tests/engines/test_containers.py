@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fl_helpers.training import ClientFunctions
 from . import hospital as its
 from . import in_a_container
 from .conftest import LIMITS, METRICS, write_trial
-from .oci import ENTRYPOINT, needs_runc, volumes_of, write_bundle
+from .oci import ENTRYPOINT, needs_runc, podman_line, volumes_of, write_bundle
 
 pytestmark = pytest.mark.engines
 CLIENT = "from fl_helpers.cross_silo.hospital import client\n"
@@ -68,20 +69,30 @@ def runc(folder, *words):
     return ["runc", "--root", str(folder / "state"), *map(str, words)]
 
 
-@pytest.fixture(scope="module")
-def said(volumes, tmp_path_factory):
-    """What `in_a_container` says after a turn there."""
-    folder = tmp_path_factory.mktemp("bundle")
+@pytest.fixture(scope="module", params=["runc", "podman"])
+def said(request, volumes):
+    """What `in_a_container` says after a turn there: in the shipped pod, as an OCI
+    bundle, and under the guide's `podman run`."""
+    if not shutil.which(request.param):
+        pytest.skip(f"needs {request.param}: NOT tested")
     shutil.copy(in_a_container.__file__, volumes["kit"])
     python = ["python", "/srv/fl/kit/in_a_container.py"]
-    write_bundle(folder, volumes, python)
-    start = runc(folder, "run", "--bundle", folder, NAME)
-    try:
-        done = subprocess.run(start, capture_output=True, text=True, timeout=300)
-    finally:
-        subprocess.run(runc(folder, "delete", "--force", NAME), capture_output=True)
+    answer = volumes["kit"] / "said"
+    answer.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # podman takes no long path
+        folder = Path(folder)
+        if request.param == "podman":
+            start = podman_line(folder, volumes, python)
+        else:
+            write_bundle(folder, volumes, python)
+            start = runc(folder, "run", "--bundle", folder, NAME)
+        try:
+            done = subprocess.run(start, capture_output=True, text=True, timeout=300)
+        finally:
+            delete = runc(folder, "delete", "--force", NAME)
+            subprocess.run(delete, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((volumes["kit"] / "said").read_text())
+    return json.loads(answer.read_text())
 
 
 @needs_runc
