@@ -29,6 +29,8 @@ def write(rows, where):
     write_csv(RESULTS, rows, COLUMNS, where)
     bench_scale.draw()
     fill(f"{listed(where)}\n{tables(read_results())}", RESULTS.name, "end")
+    command = [sys.executable, "-m", "experiments.scale"]  # docs/scale.md quotes them
+    subprocess.run(command, cwd=PAGE.parents[1], check=True)
 
 
 def write_csv(path, rows, columns, where):
