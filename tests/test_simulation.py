@@ -126,6 +126,28 @@ def test_the_number_of_workers_does_not_change_a_bit(silos):
     assert not torch.equal(run(silos, seed=1).params["3.weight"], expected["3.weight"])
 
 
+def test_channels_last_depends_neither_on_workers_nor_on_who_had_the_model(silos):
+    """A worker's model is new in one engine, and used before in another."""
+    step, models = Step(channels_last=True), threading.local()
+    template = batchnorm_model()
+
+    def reused(params, silo, *, round_index, rng):
+        if not hasattr(models, "own"):
+            models.own = copy.deepcopy(template)
+        models.own.load_state_dict(params)
+        how = dict(epochs=1, lr=0.1, batch_size=8, rng=rng, step=step)
+        return train_locally(models.own, silo, **how)
+
+    how = dict(rounds=3, seed=0, threads=True)
+    work = start(batchnorm_model), silos
+    new = client(batchnorm_model, step=step)
+    expected = play(*work, new, weighted_average, workers=1, **how).params
+    for update in (new, reused):
+        for workers in (1, 2):
+            history = play(*work, update, weighted_average, workers=workers, **how)
+            assert_equal(history.params, expected)
+
+
 def test_alone_is_a_federation_of_one(silos):
     args = dict(rounds=3, seed=0, execution=Execution(progress=False))
     alone = run_alone(start(batchnorm_model), silos, client(batchnorm_model), **args)

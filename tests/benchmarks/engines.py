@@ -51,8 +51,8 @@ PATIENCE = 300  # seconds, for each step
 class Work:
     """What both engines are given: data in folders, settings, certificates; the end."""
 
-    def __init__(self, folder, num_silos, rounds):
-        silos, members = image_silos(num_silos, IMAGES), []
+    def __init__(self, folder, num_silos, rounds, size=28):
+        silos, members = image_silos(num_silos, IMAGES, size), []
         self.folder, self.how = folder, dict(rounds=rounds, seed=SEED)
         self.places = [folder / f"data/silo_{k}" for k in range(num_silos)]
         for k, silo in enumerate(silos):

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -67,11 +68,11 @@ TIMED = [  # file of fl_helpers, where its functions are, and which
     (f"{ENGINE}/executor.py", "SiteExecutor", "execute"),
     (f"{ENGINE}/gate.py", "EgressGate", "process"),
 ]
-RESNET = """
+LARGE = """
 from fl_helpers.models import torchvision_model
 import torchvision.models
 def small_cnn(num_classes):
-    return torchvision_model("resnet18", num_classes, in_channels=1)
+    return torchvision_model("{model}", num_classes, in_channels=1)
 """
 START, TRAIN = "processes start, import torch", "training"
 TO, BACK = "model on its way: waiting, transfer", "update on its way: waiting, transfer"
@@ -91,9 +92,9 @@ def hook(package, model):
             with (package / name).open("a") as file:
                 file.write("\nimport sys\nfrom fl_helpers.timed import timed\n")
                 file.write(f"timed({owner}, *{functions})\n")
-    if model == "resnet18":
+    if model != "small_cnn":
         with (package / "cross_silo/hospital.py").open("a") as file:
-            file.write(RESNET)
+            file.write(LARGE.format(model=model))
 
 
 def spans(*logs):
@@ -252,12 +253,18 @@ def of_job(times, found):
     return cuts + [(END, times[2]), (RUNNER, times[3])]
 
 
-def measure(engine, model, silos):
-    """Rows of the results: seconds of each stage, the mean over rounds."""
+def prepare(model):
+    """Let this process and the copies of `fl_helpers` train this model."""
     global MODEL
     MODEL = model
-    make = dict(small_cnn=small_cnn, resnet18=resnet18)[model]
+    make = small_cnn if model == "small_cnn" else partial(large, model)
     hospital.small_cnn = engines.small_cnn = make  # the copies' too, see `hook`
+    engines.Fleet, run_locally._Runner = HookedFleet, TimedRunner
+
+
+def measure(engine, model, silos):
+    """Rows of the results: seconds of each stage, the mean over rounds."""
+    prepare(model)
     play = azure if engine.startswith("Azure") else on_premises
     rounds = ROUNDS[model][play is azure]
     with tempfile.TemporaryDirectory(prefix="rounds_") as folder:
@@ -276,14 +283,13 @@ def measure(engine, model, silos):
     ]
 
 
-def resnet18(num_classes):
-    return torchvision_model("resnet18", num_classes, in_channels=1)
+def large(model, num_classes):
+    return torchvision_model(model, num_classes, in_channels=1)
 
 
 def main():
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
     torch.set_num_threads(1)  # as in the silos: for the same bits
-    engines.Fleet, run_locally._Runner = HookedFleet, TimedRunner
     where, rows = circumstances(), []
     where = {key: where[key] for key in ROUNDS_WHERE}
     for model, engine in product(ROUNDS, SILOS):

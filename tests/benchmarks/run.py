@@ -21,6 +21,7 @@ from common import FULL, RESULTS, read_results, tables
 from machine import circumstances
 
 PAGE = RESULTS.parents[1] / "benchmarks.md"
+FULL_ONLY = "bench_rounds.py", "bench_scale.py"
 COLUMNS = "table case value unit noise pairs goal bound reference_s ours_s".split()
 
 
@@ -29,6 +30,8 @@ def write(rows, where):
     write_csv(RESULTS, rows, COLUMNS, where)
     bench_scale.draw()
     fill(f"{listed(where)}\n{tables(read_results())}", RESULTS.name, "end")
+    command = [sys.executable, "-m", "experiments.scale"]  # docs/scale.md quotes them
+    subprocess.run(command, cwd=PAGE.parents[1], check=True)
 
 
 def write_csv(path, rows, columns, where):
@@ -62,7 +65,7 @@ def main():
     env = os.environ | {"OMP_WAIT_POLICY": "passive"}
     where, here = circumstances(), Path(__file__).parent
     scripts = sorted(here.glob("bench_*.py"))
-    scripts += [here.parents[1] / "experiments/strategies.py"]
+    scripts = [script for script in scripts if FULL or script.name not in FULL_ONLY]
     missed = []
     # Whether glibc gives memory back to the kernel, and asks for it again in the next
     # step, is chance, and costs time: here it keeps what it has.
@@ -70,7 +73,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         env["BENCH_ROWS"] = str(Path(folder, "rows"))
         for script in scripts:
-            own = ["--full"] if FULL and script.name.startswith("bench_") else []
+            own = ["--full"] if FULL else []
             command, began = [sys.executable, script, *own], time.monotonic()
             steps = script.name in ("bench_simulation.py", "bench_training.py")
             its_env = env | keep if steps else env

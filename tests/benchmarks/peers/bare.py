@@ -4,11 +4,11 @@ import random
 import time
 
 import torch
-from workload import Model, arguments, train, write_result
+from workload import arguments, model_of, train, write_result
 
 name, workload, path, seed = arguments()
 torch.set_num_threads(1)
-model, draw = Model(), random.Random(seed)
+model, draw = model_of(name), random.Random(seed)
 params = {key: value.clone() for key, value in model.state_dict().items()}
 ends, steps = [], 0
 for index in range(workload.rounds):
@@ -17,7 +17,10 @@ for index in range(workload.rounds):
         model.load_state_dict(params)
         steps += train(model, name, k, seed=seed, round_index=index)
         for key, value in model.state_dict().items():
-            mean[key] += value / workload.sampled
+            if value.is_floating_point():
+                mean[key] += value / workload.sampled
+            else:  # BatchNorm counts batches
+                mean[key] = value.clone()
     params = mean
     ends.append(time.time())
 write_result(path, params, ends=ends, steps=steps)

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from workload import Model, arguments, train, write_result
+from workload import arguments, model_of, train, write_result
 
 name, workload, path, seed = arguments()
 client, server = ClientApp(), ServerApp()
@@ -19,7 +19,7 @@ client, server = ClientApp(), ServerApp()
 
 @client.train()
 def train_silo(message, context):
-    model = Model()
+    model = model_of(name)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     k = context.node_config["partition-id"]
     index = message.content["config"]["server-round"] - 1
@@ -53,7 +53,7 @@ def main(grid, context):
     )
     result = strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord(Model().state_dict()),
+        initial_arrays=ArrayRecord(model_of(name).state_dict()),
         num_rounds=workload.rounds,
         evaluate_fn=note,
     )

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 import nvflare.client as flare
-from workload import Model, train
+from workload import model_of, train
 
 name, notes, seed = sys.argv[1:]
-model = Model()
+model = model_of(name)
 flare.init()
 k = int(flare.get_site_name().removeprefix("site-")) - 1
 while flare.is_running():

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv
-from workload import Model, arguments, write_result
+from workload import arguments, model_of, write_result
 
 name, workload, path, seed = arguments()
 here = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ if __name__ == "__main__":
         notes = Path(folder, "notes")
         recipe = FedAvgRecipe(
             name="peers",
-            model=Model(),
+            model=model_of(name),
             min_clients=workload.sampled,
             num_rounds=workload.rounds,
             train_script=str(here / "nvflare_client.py"),

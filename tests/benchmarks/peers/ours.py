@@ -4,21 +4,26 @@ import copy
 import threading
 import time
 
-from workload import LR, Model, arguments, silo, write_result
+from workload import arguments, model_of, silo, write_result
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.simulation import Execution, Terms, run_rounds
-from fl_helpers.training import ClientFunctions, train_locally
+from fl_helpers.training import ClientFunctions, Step, train_locally
 
 name, workload, path, seed = arguments()
-first, models, ends = Model(), threading.local(), []
+first, models, ends = model_of(name), threading.local(), []
+step = Step()
+if workload.pictures:
+    from pictures import adamw
+
+    step = Step(adamw)
 
 
 def client_update(params, silo, *, round_index, rng):
     if not hasattr(models, "own"):  # each thread trains in a model of its own
         models.own = copy.deepcopy(first)  # a new one would draw, in threads
     models.own.load_state_dict(params)
-    options = dict(lr=LR, batch_size=workload.batch_size, rng=rng)
+    options = dict(lr=workload.lr, batch_size=workload.batch_size, step=step, rng=rng)
     return train_locally(models.own, silo, epochs=1, **options)
 
 

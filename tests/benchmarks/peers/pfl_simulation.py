@@ -17,7 +17,7 @@ from pfl.hyperparam.base import NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import nn
-from workload import LR, Model, arguments, silo, write_result
+from workload import Model, arguments, silo, write_result
 
 name, workload, path, seed = arguments()
 torch.set_num_threads(1)
@@ -65,7 +65,7 @@ FederatedAveraging().run(
         local_batch_size=workload.batch_size,
         local_num_epochs=None,
         local_num_steps=workload.images // workload.batch_size,
-        local_learning_rate=LR,
+        local_learning_rate=workload.lr,
     ),
     callbacks=[Note()],
 )

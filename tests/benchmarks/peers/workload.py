@@ -20,7 +20,6 @@ from common import cnn_215k, sgd_epoch  # noqa: E402
 from fl_helpers.silos import Examples, Silo  # noqa: E402
 
 CONTRAST = 0.15  # of a class's pattern to the noise: hard enough to tell models apart
-LR = 0.02  # momentum and weight decay: see common.sgd_epoch
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,13 @@ class Workload:
     sampled: int
     batch_size: int
     rounds: int
+    pictures: bool = False  # W3: a Dataset, augmentation, ResNet-18, AdamW
+    augment: bool = True
+
+    @property
+    def lr(self):
+        """Momentum and weight decay: see common.sgd_epoch, pictures.adamw."""
+        return 1e-3 if self.pictures else 0.02
 
     @property
     def steps(self):
@@ -41,8 +47,10 @@ class Workload:
 WORKLOADS = {
     "W1": Workload(silos=4, images=1000, sampled=4, batch_size=32, rounds=5),
     "W2": Workload(silos=100, images=100, sampled=10, batch_size=20, rounds=20),
+    "W3": Workload(4, images=256, sampled=4, batch_size=16, rounds=3, pictures=True),
     # One batch per silo: no order of batches, so all must agree to rounding.
     "tiny": Workload(silos=4, images=100, sampled=4, batch_size=100, rounds=3),
+    "tiny pictures": Workload(2, 8, 2, 8, rounds=1, pictures=True, augment=False),
 }
 
 
@@ -60,7 +68,13 @@ def images(num_images, seed):
 @cache
 def silo(name, k):
     """Silo k of a workload; made where it is used, the same everywhere."""
-    train = images(WORKLOADS[name].images, seed=100 + k)
+    workload = WORKLOADS[name]
+    if workload.pictures:
+        from pictures import Pictures
+
+        train = Pictures(workload.images, 100 + k, augment=workload.augment)
+    else:
+        train = images(workload.images, seed=100 + k)
     return Silo(f"silo {k:03d}", train, train)
 
 
@@ -73,11 +87,25 @@ class Model(nn.Sequential):
             super().__init__(*cnn_215k())
 
 
+def model_of(name):
+    """The model of a workload, before round 1."""
+    if not WORKLOADS[name].pictures:
+        return Model()
+    from pictures import Network
+
+    return Network()
+
+
 def train(model, name, k, *, seed, round_index):
     """One silo's work in one round, in place; returns the number of steps."""
     rng = torch.Generator().manual_seed(hash((seed, k, round_index)) % 2**63)
-    batch_size = WORKLOADS[name].batch_size
-    return sgd_epoch(model.train(), silo(name, k), LR, batch_size, rng)
+    workload, own = WORKLOADS[name], silo(name, k)
+    how = workload.lr, workload.batch_size, rng
+    if not workload.pictures:
+        return sgd_epoch(model.train(), own, *how)
+    from pictures import epoch
+
+    return epoch(model.train(), own.train, *how)
 
 
 def arguments():
@@ -95,10 +123,18 @@ def write_result(path, params, *, ends, steps):
     path.write_text(json.dumps(dict(ends=ends, steps=int(steps))))
 
 
-def test_loss(params):
-    """Mean cross-entropy and accuracy on 4,000 images that nobody trained on."""
-    model, (x, y) = cnn_215k().eval(), images(4000, seed=99)
+def test_loss(name, params):
+    """Mean cross-entropy and accuracy on images that nobody trained on: 4,000, or 1,000
+    pictures."""
+    model = model_of(name).eval()
     model.load_state_dict(params)
+    if WORKLOADS[name].pictures:
+        from pictures import Pictures
+
+        data = Pictures(1000, 99, augment=False)
+        x, y = torch.stack([data[k][0] for k in range(len(data))]), data.y
+    else:
+        x, y = images(4000, seed=99)
     with torch.no_grad():
         logits = torch.cat([model(part) for part in x.split(500)])
     loss = nn.functional.cross_entropy(logits, y).item()
