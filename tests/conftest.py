@@ -39,15 +39,15 @@ def pytest_sessionfinish(session, exitstatus):
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     some = config.option.keyword or config.option.markexpr
     everything = config.args_source is config.ArgsSource.TESTPATHS and not some
-    if hasattr(config, "workerinput") or not everything or exitstatus != 0:
+    if hasattr(config, "workerinput") or not everything:
         return
     reports = [r for all in reporter.stats.values() for r in all if hasattr(r, "when")]
     seconds = groups.summed(reports)
     if config.option.write_times:
-        tests = groups.counted(reports)
-        groups.write_times(seconds, tests)
-    config.grown = groups.grown(seconds, groups.read_times())
-    if config.grown:
+        groups.write_times(seconds, groups.counted(reports))
+    if exitstatus == 0:  # tests that failed may have been short
+        config.grown = groups.grown(seconds, groups.read_times())
+    if getattr(config, "grown", ()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
