@@ -273,6 +273,11 @@ def _list_images(root: Path) -> Iterator[Path]:
         for class_folder in _subfolders(hospital, "class"):
             entries = _visible(class_folder)
             for path in entries:
+                if path.is_dir():
+                    raise ValueError(
+                        f"{path} is a folder where images should lie; expected "
+                        "<hospital>/<class>/*.png below the folder you pass"
+                    )
                 if path.suffix.lower() not in _TYPES or not path.is_file():
                     raise ValueError(
                         f"{path} is not an image file ({', '.join(_TYPES)}); "

@@ -228,10 +228,13 @@ def split_silo(
         train, test = _split_patients(y, np.asarray(patients), test_share, rng)
     parts = [torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, test)]
     if min(map(len, parts)) == 0:
+        who, remedy = f"{len(y)} rows", "give it more rows"
+        if patients is not None:
+            who += f" of {len(np.unique(patients))} patient(s)"
+            remedy = "give it more patients, or see to it that they are told apart"
         raise ValueError(
-            f"silo {name!r} with {len(examples.y)} rows has {len(parts[0])} for "
-            f"training and {len(parts[1])} for testing at test_share={test_share}; "
-            "give it more rows"
+            f"silo {name!r} with {who} has {len(parts[0])} for training and "
+            f"{len(parts[1])} for testing at test_share={test_share}; {remedy}"
         )
     return Silo(name, *(_take(examples, part) for part in parts))
 

@@ -97,7 +97,7 @@ def bad_trees(root):
         ),
         "nested": (
             lambda: (root / "North/sick/patient 7.png").mkdir(),
-            ["patient 7.png is not an image file"],
+            ["patient 7.png is a folder where images"],
         ),
         "broken": (
             lambda: write("North/sick/x.png", b"not a picture"),

@@ -9,6 +9,7 @@ import pandas as pd
 import papermill
 import pytest
 import yaml
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from fl_helpers import regression
@@ -82,7 +83,7 @@ def test_the_committed_notebook_tells_the_story(path):
     checks(path).committed(read_recorded(path))
 
 
-# -- the reader's own tables: a CSV file per hospital
+# -- the reader's own data: a folder of images, or a CSV file per hospital
 
 OWN = {"North": 160, "South": 140, "East": 130}
 
@@ -97,6 +98,27 @@ def write_own(folder, columns):
 
 def path_of(number):
     return next(path for path in NOTEBOOKS if path.stem.startswith(number))
+
+
+@pytest.mark.notebooks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_reader_points_notebook_13_at_their_own_folder(tmp_path):
+    """Files of other sizes, some in colour, two classes that nobody can confuse."""
+    rng = np.random.default_rng(0)
+    for name, count in {"North clinic": 60, "South": 48, "Ost-Süd": 40}.items():
+        for k in range(count):
+            label = ("fracture", "intact")[k // 2 % 2]
+            path = tmp_path / "own" / name / label / f"MR{k // 2:03d}_{k % 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shade = 130 if label == "fracture" else 90
+            pixels = rng.normal(shade, 30, rng.integers(180, 300, 2)).clip(0, 255)
+            image = Image.fromarray(pixels.astype(np.uint8))
+            (image.convert("RGB") if k % 5 == 0 else image).save(path)
+    small = {"ROUNDS": 1, "LOCAL_EPOCHS": 1, "SEEDS": [0, 1]}
+    results = execute(path_of("13"), tmp_path, IMAGES=str(tmp_path / "own"), **small)
+    scores = results["networks"]["head only"]
+    assert scores.keys() == {"local", "federated", "centralized"}
+    assert min(scores.values()) > 80  # chance: 50
 
 
 @pytest.mark.notebooks

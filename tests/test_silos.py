@@ -284,7 +284,9 @@ def test_patients_that_cannot_be_divided_are_named():
     with pytest.raises(ValueError, match="x has 6 rows, y 6, patients 3"):
         make_silos(x, y, halves, patients=patients[:3], **how)
     one = np.array(["p"] * 6)
-    with pytest.raises(ValueError, match="silo 'A' with 6 rows has 6 for training"):
+    with pytest.raises(
+        ValueError, match=r"6 rows of 1 patient\(s\) has 6 .* told apart"
+    ):
         make_silos(x, y, {"A": np.arange(6)}, patients=one, **how)
 
 
