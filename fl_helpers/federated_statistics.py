@@ -236,8 +236,9 @@ def first_table(
     """The first table of a paper, from what the silos sent, as rows to print.
 
     tables: {silo: `local_table`}. Each row: "row", its name; a text per silo, mean and
-    standard deviation of numbers, the share of a category, "held back" where the silo
-    did not send it; "apart", the largest standardised difference between two silos.
+    standard deviation of numbers, the share of a category, how many are missing where
+    that was sent (few were not), "held back" where the silo did not send the row;
+    "apart", the largest standardised difference between two silos.
     """
     rows = dict.fromkeys(name for table in tables.values() for name in table)
     found: list[dict[str, str | float]] = []
@@ -247,7 +248,9 @@ def first_table(
         parts = [*sent.values()]
         apart = max(standardised_difference(a, b) for a in parts for b in parts)
         line = dict.fromkeys(tables, "held back")
-        line |= {silo: text.format(part) for silo, part in sent.items()}
+        for silo, part in sent.items():
+            missing = f", {part.missing} missing" if part.missing else ""
+            line[silo] = text.format(part) + missing
         found.append({"row": row} | line | {"apart": apart})
     return found
 

@@ -1,4 +1,4 @@
-"""A finished run as one HTML file to read, print, sign and file, with a model card.
+"""A finished run or validation as one HTML file to read and sign, with a model card.
 
 It loads nothing and runs no script. What a run did not record, or you did not state, is
 said to be missing. Needs jinja2 and matplotlib: copy this file on its own, with
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ LINES = ("-", "--", ":")
 PACKAGES = ("torch", "numpy", "safetensors", "opacus", "nvflare", "azure-ai-ml")
 WIDE = 6  # columns of a table of results
 TEMPLATE = Path(__file__).with_name("report.html")
+FEW = 10  # patients of a class; a value of fewer is not ranked
 MANY = 40  # items per hospital, or refusals, that are shown one by one
 
 
@@ -86,37 +88,54 @@ class Origin:
     reproduce: str = ""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a test of a model without training found.
+
+    silos: {silo: {"ill": 135, "healthy": 540, "AUROC": (0.76, 0.71, 0.81)}}: a number
+    per measure, or value, low and high, such as a `validation.Share`.
+    groups: {silo: {subgroup: the same}}, None for a subgroup that was withheld.
+    metric, group_metric: measures to name the worst by; more is better.
+    """
+
+    silos: Mapping[str, Record] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, Record | None]] = field(default_factory=dict)
+    metric: str = "AUROC"
+    group_metric: str = "sensitivity"
+
+
 def write_report(
     rounds: Sequence[Record],
     path: str | Path,
     *,
     title: str,
     results: Results = Results(),
+    validation: Validation = Validation(),
     evidence: Evidence = Evidence(),
     origin: Origin = Origin(),
     card: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the report of a finished run and return its path.
+    """Write the report of a finished run or validation and return its path.
 
-    rounds: `History.rounds`, `rounds_of_events` or `rounds_of_metrics`.
+    rounds: `History.rounds`, `rounds_of_events` or `rounds_of_metrics`; [] of a
+    validation without training.
     path: of the new file; its folder is made.
     title: of the page.
-    results, evidence, origin: what was measured, written down, and how it was made.
+    results, validation, evidence, origin: what was measured, written down, how made.
     card: texts for the fields of `CARD`.
 
-    All texts are escaped. Raises ValueError without a round, or for an unknown field of
-    the card.
+    All texts are escaped. Raises ValueError without a round and a validation, or for an
+    unknown field of the card.
     """
-    if not rounds:
+    if not rounds and not validation.silos:
         raise ValueError("rounds must have at least one record, got none; run it first")
     card = dict(card or {})
     unknown = sorted(set(card) - set(CARD))
     if unknown:
         raise ValueError(f"card has the fields {list(CARD)}, got {unknown}")
     metric, environment = results.metric, origin.environment
-    losses = _per_silo(rounds, "train_loss", "train")
     figures = _chart(_per_silo(rounds, metric), f"test {metric.replace('_', ' ')}")
-    figures |= _chart(losses, "training loss")
+    figures |= _chart(_per_silo(rounds, "train_loss", "train"), "training loss")
     content = {
         "title": title,
         "engine": origin.engine,
@@ -124,6 +143,8 @@ def write_report(
         "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "silos": _federation(rounds, results.silos),
         "results": _results(rounds, metric, results.references),
+        "tested": _ranked({"": validation.silos}, validation.metric),
+        "groups": _ranked(validation.groups, validation.group_metric),
         "figures": figures | {k: _as_data(v) for k, v in results.figures.items()},
         "traffic": _traffic(rounds),
         "faults": _faults(rounds),
@@ -135,10 +156,9 @@ def write_report(
         "environment": describe_environment() if environment is None else environment,
         "reproduce": origin.reproduce,
     }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    text = _templates().from_string(template).render(content)
+    page = _templates().from_string(TEMPLATE.read_text(encoding="utf-8"))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(page.render(content), encoding="utf-8")
     return Path(path)
 
 
@@ -219,7 +239,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": _number, "size": _size}
+    templates.filters |= {"number": _number, "size": _size, "interval": _interval}
     return templates
 
 
@@ -315,6 +335,54 @@ def _results(
             for part in parts
         ],
     }
+
+
+def _ranked(tables: Mapping[str, Mapping], metric: str) -> dict[str, Any]:
+    """Cells, and whose value of metric is the lowest among those of FEW and more."""
+    rows = {(s, g): row for s, table in tables.items() for g, row in table.items()}
+    shown = {name: _cells(name, row) for name, row in rows.items() if row is not None}
+    keys = list(dict.fromkeys(key for cells in shown.values() for key in cells))
+    if shown and metric not in keys:
+        raise ValueError(f"no row has the measure {metric!r}, got {keys}")
+    keys.sort(key=lambda key: key != metric)  # it comes first
+    value = {
+        name: cells[metric]
+        for name, cells in shown.items()
+        if math.isfinite(cells.get(metric, (math.nan,))[0])
+        and min(rows[name]["ill"], rows[name]["healthy"]) >= FEW
+    }
+    worst, *others = sorted(value, key=lambda name: value[name][0]) or [None]
+    return {
+        "keys": [keys[i : i + WIDE - 2] for i in range(0, len(keys), WIDE - 2)],
+        "rows": [(name, rows[name], shown.get(name)) for name in rows],
+        "withheld": [name for name in rows if name not in shown],
+        "unranked": [name for name in shown if name not in value],
+        "ranked": len(value),
+        "worst": worst,
+        "low": value.get(worst),
+        "alike": [n for n in others if value[n][1] <= value[worst][2]],
+    }
+
+
+def _cells(name: tuple, row: Record) -> dict[str, tuple[float, float, float]]:
+    """{measure: value, low and high, NaN if not given} of a row with two counts."""
+    for kind in ("ill", "healthy"):
+        if not isinstance(row.get(kind), Integral) or row[kind] < 0:
+            raise ValueError(f"{name} must have a count {kind!r}, got {row.get(kind)}")
+    cells = {}
+    for key in (key for key in row if key not in ("ill", "healthy")):
+        parts = row[key] if isinstance(row[key], tuple) else (row[key],) + (None,) * 2
+        parts = [math.nan if v is None else float(v) for v in parts[:3]]
+        if len(parts) != 3 or parts[0] < parts[1] or parts[0] > parts[2]:
+            raise ValueError(f"{name}: {key!r} is (value, low, high), got {row[key]}")
+        cells[key] = tuple(parts)
+    return cells
+
+
+def _interval(cell: Sequence[float] | None) -> str:
+    """A value, with its bounds if it has some; a line ends before them only."""
+    value, low, high = map(_number, cell or (None,) * 3)
+    return value if "–" in (value, low) else f"{value} ({low}\xa0to\xa0{high})"
 
 
 def _mean(cells: Sequence[float | None]) -> float | None:

@@ -30,6 +30,14 @@ class Scored(NamedTuple):
     group: np.ndarray
 
 
+class Paired(NamedTuple):
+    """Two models at a silo: score and second, [N] in [0, 1], and y, [N] bool."""
+
+    score: np.ndarray
+    second: np.ndarray
+    y: np.ndarray
+
+
 class TooFew(ValueError):
     """A silo's refusal: an answer would describe too few patients."""
 
@@ -117,12 +125,26 @@ def auroc(score: np.ndarray, y: np.ndarray) -> Estimate:
 def auroc_difference(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> Estimate:
     """AUROC of scores a minus that of b, of the same patients, with DeLong's error.
 
-    Run it in a silo and let these two numbers leave; `regression.meta_analysis`
+    `silo_auroc_difference` lets these two numbers leave; `regression.meta_analysis`
     combines those of several silos.
     """
     pairs = zip(_placements(a, y), _placements(b, y), strict=True)
     wins = tuple(first - second for first, second in pairs)
     return Estimate(float(wins[0].mean()), _spread(wins) ** 0.5)
+
+
+def silo_auroc_difference(data: Paired, *, min_count: int = 10) -> dict[str, float]:
+    """`auroc_difference` of the second model minus the first, at this silo.
+
+    Returns value and error: of each silo for itself, they do not add. min_count: of the
+    ill, the healthy, and the patients whose two scores differ, if any do. Raises
+    `TooFew`, and ValueError for scores that are no probabilities.
+    """
+    for score in (data.score, data.second):
+        _check(Scored(score, data.y, np.zeros(len(data.y), int)), min_count)
+    if 0 < (data.score != data.second).sum() < min_count:
+        raise TooFew(f"the models differ on fewer than {min_count} patients")
+    return auroc_difference(data.second, data.score, data.y)._asdict()
 
 
 def _placements(score: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

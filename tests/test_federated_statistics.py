@@ -152,6 +152,14 @@ def test_the_first_table_shows_what_was_sent_and_what_was_not():
     assert sex == {"row": "sex: male", "A": "25%", "B": "held back", "apart": 0.0}
 
 
+def test_the_first_table_shows_what_is_missing_and_hides_that_few_are():
+    columns = {"age": np.append(np.arange(40.0), [np.nan] * 12)}
+    few = {"age": np.append(np.arange(43.0), [np.nan] * 9)}  # fewer than ten
+    (row,) = first_table({"A": local_table("A", columns), "B": local_table("B", few)})
+    # 0 to 39: mean 19.5, variance 40 * 41 / 12; 0 to 42: mean 21, variance 43 * 44 / 12
+    assert row["A"] == "19.5 ± 11.7, 12 missing" and row["B"] == "21.0 ± 12.6"
+
+
 def test_what_one_silo_alone_has_sent_is_apart_from_nothing():
     (row,) = first_table({"A": {"age": Column(20, 0, 50.0, 2000.0)}, "B": {}})
     assert row["B"] == "held back" and row["apart"] == 0

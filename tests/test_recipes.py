@@ -20,6 +20,8 @@ def test_recipe_runs_and_names_its_files(title, body, tmp_path, monkeypatch):
     (block,) = blocks
     if "pydicom" in block:
         pytest.importorskip("pydicom", reason="needs pydicom, an extra")
+    if "lifelines" in block:
+        pytest.importorskip("lifelines", reason="needs lifelines, for tests only")
     if "import mlflow" in block:
         pytest.importorskip("mlflow", reason="needs MLflow, which is no requirement")
         pytest.importorskip("alembic", reason="needs alembic, as MLflow's store does")

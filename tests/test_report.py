@@ -17,6 +17,7 @@ from fl_helpers.report import (
     Evidence,
     Origin,
     Results,
+    Validation,
     rounds_of_events,
     rounds_of_metrics,
     write_report,
@@ -254,12 +255,122 @@ def test_a_chart_has_a_line_per_hospital_and_names_as_they_are(tmp_path):
     assert "Training loss per hospital" in page.text
 
 
-def test_the_example_of_the_documents_runs(tmp_path, monkeypatch):
+def examples():
     text = (Path(__file__).parent.parent / "docs/report.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_example_of_the_documents_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(examples()[0], {})
     page = Page(tmp_path / "runs/demo/report.html")
     assert "3 Hospital C ConnectionError" in page.text
     assert "Hospital C 80 80" in page.text and "5 of 6" in page.text
     assert page.text.count("Hospital D, round 6") == 1
+
+
+def test_the_example_of_a_validation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(examples()[1], names)
+    page = Page(tmp_path / "runs/validation/report.html")
+    silos, groups = names["silos"], names["groups"]
+    worst = min(silos, key=lambda name: silos[name]["AUROC"][0])
+    assert (
+        f"Worst hospital: {worst}: AUROC {silos[worst]['AUROC'][0]:.3f} (" in page.text
+    )
+    hidden = [name for of in groups.values() for name, row in of.items() if not row]
+    assert hidden and f"{len(hidden)} of 6 subgroups withheld" in page.text
+    assert page.tags.count("img") == 1 and "rounds" not in page.text
+
+
+SILOS = {
+    "A": {"ill": 40, "healthy": 60, "AUROC": (0.8, 0.7, 0.9), "Brier": 0.2},
+    "B": {"ill": 30, "healthy": 50, "AUROC": (0.65, 0.6, 0.72), "Brier": 0.25},
+    "C": {"ill": 9, "healthy": 90, "AUROC": (0.5, 0.3, 0.7), "Brier": 0.1},
+    "D": {"ill": 50, "healthy": 50, "AUROC": (0.9, 0.85, 0.95), "Brier": 0.1},
+}
+GROUPS = {
+    "A": {"young": None, "old": {"ill": 20, "healthy": 20, "sensitivity": 0.75}},
+    "B": {"old": {"ill": 30, "healthy": 10, "sensitivity": 0.5}, "young": None},
+    "C": {"old": {"ill": 9, "healthy": 90, "sensitivity": 0.1}},
+}
+
+
+def validated(tmp_path, silos=SILOS, groups=GROUPS, **how):
+    found = Validation(silos, groups, **how)
+    path = tmp_path / "report.html"
+    return Page(write_report([], path, title="T", validation=found))
+
+
+def test_a_validation_names_the_worst_hospital_that_enough_patients_carry(tmp_path):
+    """C has the lowest value and nine ill; A's interval begins at .7, below B's .72."""
+    page = validated(tmp_path)
+    said = "B: AUROC 0.650 (0.600 to 0.720), of 30 ill and 50 healthy patients; the "
+    said += (
+        "lowest of 3 hospitals. Intervals do not tell it apart from A . Not ranked, "
+    )
+    said += "since fewer than ten ill or healthy patients, or no value: C ."
+    text = page.text.replace("A.", "A .").replace("C.", "C .")
+    assert f"Worst hospital: {said}" in text and f"Worst hospital {said}" in text
+    assert "C not ranked 9 90 0.500 (0.300 to 0.700) 0.100" in text
+    assert "Report of a validation without training" in text
+    assert "(9 ill, 90 healthy); D (50 ill, 50 healthy)" in text
+    assert "rounds" not in text and "update" not in text
+
+
+def test_a_validation_names_the_worst_subgroup_and_shows_what_was_withheld(tmp_path):
+    page = validated(tmp_path)
+    said = (
+        "B, old: sensitivity 0.500, of 30 ill and 10 healthy patients; the lowest of 2"
+    )
+    assert f"Worst subgroup: {said} subgroups." in page.text
+    assert f"Worst subgroup {said} subgroups." in page.text
+    assert "A, young withheld A, old 20 20 0.750" in page.text
+    assert "2 of 5 subgroups withheld" in page.text
+    assert "than these. Withheld: A, young; B, young." in page.text
+
+
+def test_where_too_few_carry_every_value_no_worst_is_named(tmp_path):
+    nobody = {"A": {"young": None}, "C": GROUPS["C"]}
+    page = validated(tmp_path, {"C": SILOS["C"], "E": None}, nobody)
+    assert (
+        "Worst hospital: not named No hospitals can be ranked. Not ranked" in page.text
+    )
+    assert "Worst subgroup: not named No subgroups can be ranked." in page.text
+    assert "E withheld" in page.text and "Withheld: E; A, young." in page.text
+    page = validated(tmp_path, {"A": SILOS["A"]}, {"A": {"young": None}})
+    assert "Worst subgroup: not named" in page.text
+    assert "Worst subgroup not measured" in validated(tmp_path, SILOS, {}).text
+
+
+def test_a_run_can_have_a_validation_as_well(tmp_path):
+    page = read(tmp_path, validation=Validation(SILOS))
+    assert "Mean of hospitals 0.800" in page.text and "B worst 30 50" in page.text
+
+
+def test_no_name_of_a_validation_becomes_markup(tmp_path):
+    row = {"ill": 20, "healthy": 20, EVIL: (0.5, 0.4, 0.6)}
+    other, few = row | {EVIL: 0.55}, row | {"ill": 1}
+    silos = {EVIL: row, EVIL + "2": other, EVIL + "3": few, EVIL + "4": None}
+    how = {"metric": EVIL, "group_metric": EVIL}
+    page = validated(tmp_path, silos, {EVIL: silos}, **how)
+    assert page.text.count("alert(1)") > 40
+    assert "script" not in page.tags and "img" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"healthy": 20, "AUROC": 0.5}, "'A'.* count 'ill', got None"),
+        ({"ill": 20, "healthy": 2.5, "AUROC": 0.5}, "'A'.* count 'healthy', got 2.5"),
+        ({"AUROC": (0.8, 0.02)}, r"'AUROC' is \(value, low, high\)"),  # an error
+        ({"AUROC": (0.8, 0.9, 0.95)}, r"got \(0.8, 0.9, 0.95\)"),
+        ({"accuracy": 0.8}, r"no row has the measure 'AUROC', got \['accuracy'\]"),
+    ],
+)
+def test_a_row_of_a_validation_that_is_none_is_refused(tmp_path, row, message):
+    counts = {"ill": 20, "healthy": 20} if "healthy" not in row else {}
+    with pytest.raises(ValueError, match=message):
+        validated(tmp_path, {"A": counts | row})
+    assert not (tmp_path / "report.html").exists()

@@ -1,5 +1,7 @@
 """Validation from counts, against scikit-learn on the pooled patients and by hand."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from sklearn.calibration import calibration_curve as sklearn_curve
 from fl_helpers.analysis import ask_silos
 from fl_helpers.regression import Table, fit_logistic
 from fl_helpers.validation import (
+    Paired,
     Scored,
     TooFew,
     auroc,
@@ -27,6 +30,7 @@ from fl_helpers.validation import (
     net_benefit,
     recalibrate,
     sensitivity,
+    silo_auroc_difference,
     silo_confusion,
     silo_ranking,
     silo_score_counts,
@@ -101,6 +105,22 @@ def test_delongs_error_is_that_of_many_samples():
 def test_the_difference_of_a_model_to_itself_is_none(silos):
     data = silos["A"]
     assert auroc_difference(data.score, data.score, data.y) == (0.0, 0.0)
+
+
+def test_the_difference_that_leaves_is_of_enough_patients_who_differ(silos):
+    score, y, _ = silos["A"]
+    sent = silo_auroc_difference(Paired(score, score**2 * (score > 0.5), y))
+    expected = auroc_difference(score**2 * (score > 0.5), score, y)
+    assert (sent["value"], sent["error"]) == expected and expected.value < 0
+    assert silo_auroc_difference(Paired(score, score, y))["value"] == 0
+    for few, refused in ((9, True), (10, False)):
+        second = np.where(np.arange(len(y)) < few, score / 2, score)
+        with pytest.raises(TooFew) if refused else nullcontext():
+            silo_auroc_difference(Paired(score, second, y))
+    with pytest.raises(TooFew, match="fewer than 10 patients with or without"):
+        silo_auroc_difference(Paired(score, score / 2, np.arange(len(y)) < 9))
+    with pytest.raises(ValueError, match="scores must be probabilities"):
+        silo_auroc_difference(Paired(score, score * np.nan, y))
 
 
 @pytest.mark.parametrize("bins", [2, 10, 1000])

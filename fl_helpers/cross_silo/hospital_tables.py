@@ -26,6 +26,7 @@ RANGES = {  # columns of numbers: lowest and highest possible value; others: 0 o
 }
 TIME, EVENT = "days", "died"  # of a survival analysis, if there are such columns
 SCORE, GROUP = "score", "group"  # what a model says, and a subgroup from 0, if any
+SECOND = "second"  # what another model says, to compare, if any
 COHORTS = ("age", "sex")  # columns by which a question may choose patients
 
 
@@ -42,7 +43,7 @@ def load_tables(data: Path) -> Tables:
         raise ValueError(f"{PATIENTS}: {sorted(missing)} missing, {text} hold text")
     for name, (low, high) in RANGES.items():
         rows[name] = rows[name].where(rows[name].between(low, high))
-    others = {OUTCOME, TIME, EVENT, SCORE, GROUP}
+    others = {OUTCOME, TIME, EVENT, SCORE, GROUP, SECOND}
     inputs = [name for name in rows if name not in others]
     whole = rows[inputs].notna().all(axis=1).to_numpy()
     x, y = rows[inputs].to_numpy(float), rows[OUTCOME].to_numpy()
@@ -57,6 +58,9 @@ def load_tables(data: Path) -> Tables:
         tables["validation"] = validation.Scored(*parts)
         logits = validation.logit(parts[0])[:, None]
         tables["calibration"] = regression.Table(logits, y)
+    if {SCORE, SECOND} <= {*rows}:
+        parts = (rows[name].to_numpy(float) for name in (SCORE, SECOND))
+        tables["comparison"] = validation.Paired(*parts, y == 1)
     some = dict.fromkeys(("regression", "survival"), whole)
     columns = {name: np.asarray(rows[name], dtype=float) for name in COHORTS}
     return Tables(len(rows), tables, some, columns)

@@ -43,6 +43,7 @@ def write_patients(folder, silo):
     rows["died"] = (rng.random(len(rows)) < 0.5) * 1
     if silo == LONG_BEACH:  # too few events for a survival analysis
         rows["died"] = (np.arange(len(rows)) < 5) * 1
+    rows["second"] = rows.score**2 * (rng.random(len(rows)) < 0.9)  # a worse model
     folder.mkdir(parents=True)
     rows.to_csv(folder / PATIENTS, index=False)
 
@@ -156,6 +157,9 @@ def test_a_model_is_validated_without_training(engine, local):
         assert bits(ask(function, **how)) == bits(plain(function, **how))
     for silo, found in ask.each(validation.silo_ranking).items():
         assert found == validation.silo_ranking(rows[silo])
+    both = engine.about(table="comparison").each(validation.silo_auroc_difference)
+    for silo, data in local("comparison").items():
+        assert both[silo] == validation.silo_auroc_difference(data)
     slope = engine.about(table="calibration")
     plain = ask_silos(local("calibration"))
     assert bits(regression.fit_logistic(slope, 1)) == bits(

@@ -110,7 +110,7 @@ def test_runs_may_name_the_class_that_answers_only_then(kit):
 
 
 def test_every_function_that_can_be_asked_has_a_minimum():
-    assert len(KNOWN) == 17
+    assert len(KNOWN) == 18
     for function in KNOWN.values():
         names = function.__code__.co_varnames[: function.__code__.co_kwonlyargcount + 1]
         assert {*names} & {*questions.LIMITS}, function
@@ -312,6 +312,26 @@ def test_two_life_tables_do_not_give_away_who_lies_between(kit):
     assert ask(kit, table, edges=[0, 30, 45]).arrays["events"].tolist() == [20, 10]
     with pytest.raises(Denied, match="101 intervals or bins"):
         ask(kit, table, edges=[0, *np.linspace(30, 30.1, 100).tolist()])
+
+
+def test_two_models_are_compared_at_the_hospital_and_not_in_a_sum(kit):
+    allow_questions(kit)
+    name = "fl_helpers.validation:silo_auroc_difference"
+    found, known = tables(), tables().tables["validation"]
+    second = np.sqrt(known.score) * (np.arange(60) % 2)
+    found.tables["comparison"] = validation.Paired(known.score, second, known.y)
+    text = Question(name, {}, "comparison").text()
+    sent = answer(kit, "A", found, text, 1).arrays
+    expected = validation.auroc_difference(second, known.score, known.y)
+    assert (float(sent["value"]), float(sent["error"])) == expected
+    with pytest.raises(Denied, match="they do not add"):
+        answer(kit, "A", found, text, 2, sealed=True)
+    with pytest.raises(Denied, match="min_count must be at least 10 here"):
+        text = Question(name, {"min_count": 9}, "comparison").text()
+        answer(kit, "A", found, text, 3)
+    with pytest.raises(TooFew):  # all but a few rows of the same patients
+        text = Question(name, {}, "comparison", {"row": [0, 55]}).text()
+        answer(kit, "A", found, text, 4)
 
 
 def test_two_thresholds_do_not_give_away_who_lies_between(kit):

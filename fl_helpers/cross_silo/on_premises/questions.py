@@ -52,6 +52,7 @@ KNOWN: dict[str, Callable[..., Mapping[str, Any]]] = {
 ONE_BY_ONE = {  # no sums: means, and arrays whose form shows what is hidden in a silo
     "fl_helpers.federated_statistics:silo_table",
     "fl_helpers.validation:finest_counts",
+    "fl_helpers.validation:silo_auroc_difference",
 }
 LIMITS = ("min_rows", "min_count", "min_events")  # settings that a hospital sets
 COHORTS = "analysis/cohorts.jsonl"  # of a kit, for `analysis.CohortLedger`
