@@ -1,13 +1,16 @@
-"""Four hospitals with tables: alone, an ensemble, federated; regression and trees.
+"""Four hospitals with tables: alone, an ensemble, federated, by three kinds of model.
 
-    python -m experiments.tables    # docs/results/tables.csv; a minute
+    python -m experiments.tables tune    # docs/results/tables_tuning.csv; minutes
+    python -m experiments.tables    # docs/results/tables.csv; minutes
     python -m experiments.tables --tables "tables/*.csv" --site clinic --outcome died \
         --ranges '{"age": [18, 100]}' --out runs/tables.csv    # your own
 
 Each seed divides every hospital's patients anew. Everything was fixed before the test
 sets were looked at: ridge 1, 30 trees of depth 2, a third of the patients for testing,
 and for federated averaging the rate that experiments/strategies.py had chosen on
-validation data.
+validation data. The small network has one hidden layer. Alone, pooled and in the
+federation it takes the same number of gradient steps, with a rate for each of the
+three that `tune` has chosen, from one grid, on parts of the training rows.
 """
 
 import argparse
@@ -24,16 +27,28 @@ from fl_helpers import federated_statistics as statistics
 from fl_helpers import regression, trees
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.analysis import ask_silos
+from fl_helpers.comparison import tuned_rates
 from fl_helpers.data import load_heart_disease
 from fl_helpers.models import mlp
-from fl_helpers.silos import Examples, Silo, make_silos, partition_by_site, scale_silos
+from fl_helpers.silos import (
+    Examples,
+    Silo,
+    make_silos,
+    partition_by_site,
+    pool_silos,
+    scale_silos,
+    split_silo,
+)
 from fl_helpers.simulation import Execution, run_rounds
 from fl_helpers.training import classification_metrics, cosine_schedule, sgd_client
 
 RESULTS = Path(__file__).parents[1] / "docs/results/tables.csv"
+TUNING = RESULTS.with_name("tables_tuning.csv")
 SEEDS, TEST_SHARE, MIN_COUNT = range(10), 0.35, 10
 GROWTH = trees.Growth(trees=30, depth=2, rate=0.2, min_rows=10)
-BINS, RIDGE, ROUNDS, RATE = 16, 1.0, 12, 0.01
+BINS, RIDGE, ROUNDS, EPOCHS, RATE, HIDDEN = 16, 1.0, 12, 2, 0.01, (32,)
+TUNING_SEEDS, VALIDATION_SHARE = range(100, 105), 0.25
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of which the network chooses
 RANGES = {  # lowest and highest possible value; 0 mg/dl of cholesterol is a missing one
     "age": (18, 100),
     "resting_bp": (60, 240),
@@ -81,7 +96,7 @@ def filled(silos, columns):
 
 def local_sums(silo, columns):
     values = dict(zip(columns, silo.train.x.numpy().T, strict=True))
-    return statistics.local_table(silo.name, values)
+    return statistics.local_table(silo.name, values, min_rows=1)
 
 
 def over_all(sent, column):
@@ -108,11 +123,11 @@ def boosted(silos, bins, min_count=0):
     return model.scores
 
 
-def averaged(silos, seed):
+def averaged(silos, seed, *, lr=RATE, hidden=(), epochs=EPOCHS):
     def make_model():
-        return mlp(silos[0].train.x.shape[1], 2, hidden=())
+        return mlp(silos[0].train.x.shape[1], 2, hidden=hidden)
 
-    how = dict(epochs=2, lr=cosine_schedule(RATE, ROUNDS), batch_size=16)
+    how = dict(epochs=epochs, lr=cosine_schedule(lr, ROUNDS), batch_size=16)
     client = sgd_client(make_model, **how)
     torch.manual_seed(seed)
     model, execution = make_model(), Execution(progress=False)
@@ -123,30 +138,52 @@ def averaged(silos, seed):
     return lambda x: model(torch.tensor(x)).softmax(1)[:, 1].detach().numpy()
 
 
+def networks(silos, seed, rates):
+    """`answers` of a network; rates: {"alone", "FedAvg" and "pooled": learning rate}.
+
+    Averaging the models of a single hospital, or of the pooled rows, is plain training.
+    """
+    total = sum(len(s.train.y) for s in silos)
+
+    def alone(members):
+        epochs = EPOCHS * total / len(members[0].train.y)  # as many steps as all
+        how = dict(lr=rates["alone"], epochs=epochs)
+        return averaged(members, seed, hidden=HIDDEN, **how)
+
+    members = {"FedAvg": silos, "pooled": [pool_silos(silos)]}
+    together = {
+        name: averaged(some, seed, hidden=HIDDEN, lr=rates[name])
+        for name, some in members.items()
+    }
+    return answers(alone, silos, together)
+
+
 def enough(y):
     """Whether labels y [N] hold ten of both."""
     return int(torch.bincount(y, minlength=2).min()) >= MIN_COUNT
 
 
-def answers(method, silos):
+def answers(method, silos, together):
     """(approach, silo, probabilities of its test rows).
+
+    together: {approach: the model of all}.
 
     A hospital with fewer than ten training patients of a class has no model of its
     own: it answers with its share of ill patients, and sends nothing to the ensemble.
     """
     own = {s.name: method([s]) for s in silos if enough(s.train.y)}
-    together = method(silos)
     for silo in silos:
         x = silo.test.x.numpy()
         each = {name: model(x) for name, model in own.items()}
         share = np.full(len(x), silo.train.y.double().mean())
         yield "alone", silo, each.get(silo.name, share)
         yield "ensemble", silo, np.mean([*each.values()], axis=0)
-        yield "federated", silo, together(x)
+        for approach, model in together.items():
+            yield approach, silo, model(x)
 
 
 def measure(score, y):
-    inside = np.clip(score, 1e-9, 1 - 1e-9)
+    inside = np.clip(np.float64(score), 1e-9, 1 - 1e-9)
     logits = torch.tensor(np.log(np.column_stack([1 - inside, inside])))
     found = classification_metrics(logits, y)
     return [round(100 * found[name], 3) for name in HEADER[-2:]]
@@ -158,14 +195,17 @@ def compare(table, seed, *, site="site", outcome="disease", ranges=RANGES):
     ready = filled(silos, columns)
     bins = trees.even_bins({c: ranges.get(c, 2) for c in columns}, bins=BINS)
     able = [s for s in silos if enough(s.train.y)]
-    network = averaged(ready, seed)
     fewer = {
         "without the small": boosted(able, bins),
         "rule of ten": boosted(able, bins, MIN_COUNT),
     }
-    found = [("logistic", *row) for row in answers(logistic, ready)]
-    found += [("logistic", "FedAvg", s, network(s.test.x.numpy())) for s in ready]
-    found += [("trees", *r) for r in answers(lambda s: boosted(s, bins), silos)]
+    one = {"federated": logistic(ready), "FedAvg": averaged(ready, seed)}
+    found = [("logistic", *row) for row in answers(logistic, ready, one)]
+    rates = tuned_rates(TUNING, "heart_disease")
+    found += [("network", *row) for row in networks(ready, seed, rates)]
+    one = {"federated": boosted(silos, bins)}
+    grown = answers(lambda members: boosted(members, bins), silos, one)
+    found += [("trees", *row) for row in grown]
     for approach, model in fewer.items():
         found += [("trees", approach, s, model(s.test.x.numpy())) for s in able]
     for method, approach, silo, score in found:
@@ -174,8 +214,38 @@ def compare(table, seed, *, site="site", outcome="disease", ranges=RANGES):
         yield (*key, *measure(score, silo.test.y))
 
 
+def tune(table):
+    """Rows for `tuned_rates`: the network on rows that were cut from the training rows.
+
+    Means over the hospitals that have a model of their own.
+    """
+    for seed in TUNING_SEEDS:
+        whole, columns = split(
+            table, seed, site="site", outcome="disease", ranges=RANGES
+        )
+        cut = dict(test_share=VALIDATION_SHARE, seed=seed)
+        silos = filled([split_silo(s.name, s.train, **cut) for s in whole], columns)
+        for lr in RATES:
+            scores = {"alone": [], "FedAvg": [], "pooled": []}
+            for approach, silo, score in networks(
+                silos, seed, dict.fromkeys(scores, lr)
+            ):
+                if approach in scores and enough(silo.train.y):
+                    scores[approach].append(measure(score, silo.test.y)[1] / 100)
+            for approach, values in scores.items():
+                yield "heart_disease", seed, lr, approach, f"{np.mean(values):.4f}"
+
+
+def write(path, header, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("compare", "tune"))
     parser.add_argument("--tables", help="a file with all hospitals, or one of each")
     parser.add_argument("--site", default="site", help="column of the hospital")
     parser.add_argument("--outcome", default="disease", help="column, 0 or 1")
@@ -188,12 +258,12 @@ def main():
     if options.tables:
         table = pd.concat([pd.read_csv(f) for f in sorted(glob(options.tables))])
     torch.set_num_threads(1)
+    if options.what == "tune":
+        header = ("dataset", "seed", "lr", "approach", HEADER[-1])
+        return write(TUNING, header, tune(table))
     how = dict(site=options.site, outcome=options.outcome, ranges=options.ranges)
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for seed in SEEDS:
-            writer.writerows(compare(table, seed, **how))
+    rows = (row for seed in SEEDS for row in compare(table, seed, **how))
+    return write(options.out, HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def local_table(
             found |= {f"{name}: {label}": part for label, part in parts.items()}
         else:
             there = _numbers(silo, name, values)
-            if len(there) >= min_rows and not _few_differ(there, min_rows):
+            if len(there) >= min_rows and not few_differ(there, min_rows):
                 missing = _unless_small(len(values) - len(there), min_rows)
                 squares = float(((there - there.mean()) ** 2).sum())
                 found[name] = Column(len(there), missing, float(there.mean()), squares)
@@ -169,7 +169,7 @@ def _numbers(
     return numbers if keep else numbers[~np.isnan(numbers)]
 
 
-def _few_differ(values: np.ndarray, limit: int) -> bool:
+def few_differ(values: np.ndarray, limit: int) -> bool:
     """Whether all but 1 to limit - 1 values are the same: a mean would count them."""
     return 0 < len(values) - np.unique(values, return_counts=True)[1].max() < limit
 

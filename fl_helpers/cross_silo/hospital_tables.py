@@ -7,6 +7,7 @@ beside it; needs pandas.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ RANGES = {  # columns of numbers: lowest and highest possible value; others: 0 o
     "max_heart_rate": (50, 220),
     "st_depression": (-3, 7),
 }
+MERGED = {  # columns that few patients of a hospital have, as one
+    "ecg_abnormal": ("ecg_st_t", "ecg_lv_hypertrophy"),
+}
 TIME, EVENT = "days", "died"  # of a survival analysis, if there are such columns
 SCORE, GROUP = "score", "group"  # what a model says, and a subgroup from 0, if any
 SECOND = "second"  # what another model says, to compare, if any
@@ -33,14 +37,18 @@ COHORTS = ("age", "sex")  # columns by which a question may choose patients
 def load_tables(data: Path) -> Tables:
     """The rows of `patients.csv`, as each analysis takes them.
 
-    Rows with a missing value are in the tables of trees and statistics only. Raises
-    ValueError for a column that is missing or holds text.
+    A column of `MERGED` is 1 where one of its own is. Rows with a missing value are in
+    the tables of trees and statistics only. Raises ValueError for a column that is
+    missing or holds text.
     """
     rows = pd.read_csv(data / PATIENTS)
-    missing = {OUTCOME, *RANGES} - {*rows}
+    missing = {OUTCOME, *RANGES, *chain(*MERGED.values())} - {*rows}
     text = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
     if missing or text:
         raise ValueError(f"{PATIENTS}: {sorted(missing)} missing, {text} hold text")
+    for name, rare in MERGED.items():
+        rows[name] = rows[[*rare]].max(axis=1, skipna=False)
+        rows = rows.drop(columns=[*rare])
     for name, (low, high) in RANGES.items():
         rows[name] = rows[name].where(rows[name].between(low, high))
     others = {OUTCOME, TIME, EVENT, SCORE, GROUP, SECOND}

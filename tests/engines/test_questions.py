@@ -599,18 +599,96 @@ def test_what_the_rules_do_not_stop(kit):
     np.testing.assert_allclose(sent[1] - sent[0], [1, *patient], rtol=1e-9)
 
 
-def test_what_a_rare_column_says(kit):
-    """One patient has a 1 in it: what is added up over its ones is that patient.
-    docs/security.md says so, and what else passes below."""
+COLUMNS = {  # of 60 patients, and whether it may be in a plain regression
+    "nobody": (np.zeros(60), True),
+    "everybody": (np.full(60, 7.0), True),
+    "one": (np.arange(60) == 7, False),
+    "all but one": (np.arange(60) != 7, False),
+    "nine": (np.arange(60) < 9, False),
+    "ten": (np.arange(60) < 10, True),
+    "all but ten": (np.arange(60) >= 10, True),
+    "nine, of different values": (np.maximum(0, 9 - np.arange(60)), False),
+    "ten, of different values": (np.maximum(0, 10 - np.arange(60)), True),
+}
+PRODUCTS = {
+    LINEAR: {"beta": [0.0] * 4},
+    "fl_helpers.regression:silo_logistic": {"beta": [0.0] * 4},
+    SURVIVAL + "silo_cox": {"beta": [0.0] * 3, "ties": "efron"},
+    SURVIVAL + "silo_hazards_over_time": {"beta": [0.0] * 3},
+}
+
+
+def with_columns(*more, n=60):
+    found = tables(n)
+    for name in ("regression", "survival"):
+        data = found.tables[name]
+        x = np.column_stack([data.x, *more])
+        found.tables[name] = data._replace(x=x)
+    return found
+
+
+@pytest.mark.parametrize("function", PRODUCTS)
+@pytest.mark.parametrize(("column", "may"), COLUMNS.values(), ids=COLUMNS)
+def test_a_column_that_few_patients_have_is_in_no_plain_regression(
+    kit, function, column, may
+):
+    """What is added up over its ones would be those patients' own columns."""
+    allow_questions(kit)
+    found, text = with_columns(column), Question(function, PRODUCTS[function]).text()
+    assert answer(kit, "A", found, text, 1, sealed=True).arrays
+    if may:
+        assert answer(kit, "A", found, text, 1).arrays
+        return
+    with pytest.raises(Denied, match="column 2 of x .* fewer than 10 rows") as error:
+        answer(kit, "A", found, text, 1)
+    reply = gate.code_of(error.value, ReturnCode.EXECUTION_EXCEPTION)
+    assert out(kit, None, reply).get_return_code() == "QUESTION_DENIED"
+
+
+def test_a_rare_column_is_one_of_the_cohort_and_of_the_hospitals_minimum(kit):
+    found = with_columns(np.arange(60) < 20)
+    settings = PRODUCTS[LINEAR]
+    allow_questions(kit, minimum=21)
+    with pytest.raises(Denied, match="fewer than 21 rows"):
+        answer(kit, "A", found, Question(LINEAR, settings).text(), 1)
+    allow_questions(kit)
+    assert answer(kit, "A", found, Question(LINEAR, settings).text(), 1)
+    some = Question(LINEAR, settings, where={"row": [15, None]}).text()  # 5 have it
+    with pytest.raises(Denied, match="column 2 of x"):
+        answer(kit, "A", found, some, 1)
+
+
+def test_a_rare_outcome_of_a_linear_model_is_a_rare_column(kit):
+    """At coefficients of 0 the gradient would be the row of the one that has it."""
     allow_questions(kit)
     found = tables()
-    data, rare = found.tables["regression"], np.arange(60) == 7
-    x = np.column_stack([data.x, rare])
-    found.tables["regression"] = data._replace(x=x)
-    text = Question(LINEAR, {"beta": [0.0] * 4}).text()
+    data = found.tables["regression"]
+    found.tables["regression"] = data._replace(y=(np.arange(60) == 7) * 5.0)
+    text = Question(LINEAR, {"beta": [0.0] * 3}).text()
+    with pytest.raises(Denied, match=r"column 2 of x \(y is the last\)"):
+        answer(kit, "A", found, text, 1)
+
+
+@pytest.mark.parametrize(("alone", "may"), [(1, False), (2, True)])
+def test_the_only_one_without_a_category_is_singled_out(kit, alone, may):
+    """Ones minus three columns of 0 and 1 are the patient in none of the three.
+
+    Two in none of them do pass: docs/security.md says so.
+    """
+    allow_questions(kit)
+    kinds = np.maximum(0, np.arange(60) - alone + 1).clip(0, 1) * (
+        1 + np.arange(60) % 3
+    )
+    found = with_columns(*(kinds == k for k in (1, 2, 3)))
+    text = Question(LINEAR, {"beta": [0.0] * 6}).text()
+    if not may:
+        with pytest.raises(Denied, match="together single out a row"):
+            answer(kit, "A", found, text, 1)
+        return
     sent = answer(kit, "A", found, text, 1).arrays
-    assert sent["information"][3].tolist() == [1, *x[7]]
-    assert sent["gradient"][3] == data.y[7]
+    none = sent["information"] @ [1, 0, 0, -1, -1, -1]
+    x = found.tables["regression"].x
+    np.testing.assert_allclose(none[:3], [2, *x[:2, :2].sum(axis=0)], atol=1e-12)
 
 
 def test_what_a_leaf_of_one_patient_says(kit):

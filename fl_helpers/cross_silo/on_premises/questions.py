@@ -3,7 +3,8 @@
 A question is the name of a function of `fl_helpers` and plain settings, never code.
 Without `allow_questions` a hospital answers none. Before a number is worked out, the
 question is checked, written down, and its cohort is compared with those before; before
-the number leaves, so are the points at which it cuts times or scores.
+the number leaves, so are the points at which it cuts times or scores, and columns of
+regressions are looked at for categories that few patients have.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ ONE_BY_ONE = {  # no sums: means, and arrays whose form shows what is hidden in 
     "fl_helpers.federated_statistics:silo_table",
     "fl_helpers.validation:finest_counts",
     "fl_helpers.validation:silo_auroc_difference",
+}
+PRODUCTS = {  # they send sums of products of columns: a row each, of the patients' own
+    "fl_helpers.regression:silo_linear",
+    "fl_helpers.regression:silo_logistic",
+    "fl_helpers.survival:silo_cox",
+    "fl_helpers.survival:silo_hazards_over_time",
 }
 LIMITS = ("min_rows", "min_count", "min_events")  # settings that a hospital sets
 COHORTS = "analysis/cohorts.jsonl"  # of a kit, for `analysis.CohortLedger`
@@ -275,6 +282,8 @@ def answer(
             ledger.admit(chosen, about=about, data="sketch")
     with _limited(MEMORY):
         arrays = as_arrays(silo, function(data, **settings))
+    if question.function in PRODUCTS and not sealed:
+        _check_columns(data, rules.minimum)
     found = [*_cuts(question.function, data, settings, arrays)]
     with _locked(kit) as path:
         ledger = CohortLedger(path, minimum=rules.minimum)
@@ -323,6 +332,34 @@ def _cuts(
             inside = below & (data.group == group)
             yield f"ill of {group}", inside & data.y
             yield f"healthy of {group}", inside & ~data.y
+
+
+def _check_columns(data: Any, minimum: int) -> None:
+    """Denied for columns that single out few patients: their products are theirs alone.
+
+    Of one column, for 1 to minimum - 1 rows beside those that have one and the same
+    value. Of all columns together, for a row that a weighted sum of them tells from all
+    others (a leverage of 1): such as the only one without a 1 in any of a category's.
+    """
+    parts = [data.x, data.y] if isinstance(data, regression.Table) else [data.x]
+    x = np.column_stack([np.asarray(part, dtype=np.float64) for part in parts])
+    for k, column in enumerate(x.T):
+        if federated_statistics.few_differ(column, minimum):
+            raise Denied(
+                f"column {k} of x (y is the last) has one value in all but fewer than "
+                f"{minimum} rows; merge rare categories, leave it out, or ask in "
+                "secure sums"
+            )
+    x = np.column_stack([np.ones(len(x)), x])
+    basis, sizes, _ = np.linalg.svd(
+        x / np.maximum(np.abs(x).max(axis=0), 1e-300), False
+    )
+    leverage = (basis[:, sizes > 1e-9 * sizes[0]] ** 2).sum(axis=1)
+    if leverage.max() > 1 - 1e-9:
+        raise Denied(
+            "the columns together single out a row; merge rare categories, ask about "
+            "more rows or fewer columns, or ask in secure sums"
+        )
 
 
 def _check_cuts(number: int) -> None:
