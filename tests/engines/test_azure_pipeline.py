@@ -246,7 +246,7 @@ OURS = {
     for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("cross_silo/*.py"))
 }
 OURS |= {"common.py", "run.json", "start.py", "files.json"}
-SILO = {"train.py", "evaluate.py", "prepare.py", "hospital.py"}
+SILO = {"train.py", "book.py", "evaluate.py", "prepare.py", "hospital.py"}
 MAIN = {"initial.py", "aggregate.py", "collect.py", "initial.safetensors"}
 
 
