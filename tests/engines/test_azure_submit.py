@@ -30,7 +30,8 @@ HELPERS = {
 }
 HELPERS |= {"common.py", "run.json", "start.py", "files.json"}
 SENT = {  # by code snapshot: all that leaves this machine
-    "silo": {"train.py", "evaluate.py", "prepare.py", "hospital.py"} | HELPERS,
+    "silo": {"prepare.py", "book.py", "train.py", "evaluate.py", "hospital.py"}
+    | HELPERS,
     "orchestrator": {"initial.py", "aggregate.py", "collect.py", "initial.safetensors"}
     | HELPERS,
 }
