@@ -188,7 +188,7 @@ def test_nothing_of_the_kit_is_in_reach(started, place, kind, monkeypatch):
         stranger.kill()
         stranger.wait()
     kit = place[0]
-    done = json.loads((kit / "work" / ("0" * 32) / "done").read_text())
+    done = json.loads((kit / "work" / ("0" * 32) / "tmp" / "done").read_text())
     # In bubblewrap it has folders and a network of its own, which nobody else sees.
     mine = ["change the ledger", "a new file in the kit", "udp"]
     seen = {"bubblewrap": mine, "landlock": ["command line of another process"]}
