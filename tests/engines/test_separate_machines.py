@@ -351,7 +351,7 @@ def test_a_run_equals_the_simulation(world, network, processes, silos):
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         inside(network["server"], sys.executable, "-m", coordinator.__name__, *words),
-        cwd=ROOT / "tests", env=os.environ | environment, timeout=85,
+        cwd=ROOT / "tests", env=os.environ | environment, timeout=240,
         capture_output=True, text=True,
     )  # fmt: skip
     logs = "\n".join(
