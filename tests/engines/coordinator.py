@@ -21,7 +21,7 @@ WAIT = 40  # seconds, for the server and for all hospitals
 def new_run():
     torch.manual_seed(0)
     params = hospital.new_model().state_dict()
-    basis = dict(rounds=2, seed=7, quorum=2, deadline=40, limits=LIMITS)
+    basis = dict(rounds=2, seed=7, quorum=2, deadline=120, limits=LIMITS)
     return Run("separate", params, **basis)
 
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     server_kit = Path(server_kit)
     events = runs.play(
         new_run(), session, silos=silos, server_kit=server_kit,
-        jobs=server_kit.parent / "to_run", timeout=60,
+        jobs=server_kit.parent / "to_run", timeout=200,
     )  # fmt: skip
     for event in events:
         print(json.dumps(event), flush=True)
