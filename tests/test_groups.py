@@ -45,7 +45,7 @@ def test_a_group_that_grew_by_half_is_named():
     # 1,000 of 1,600 s are 62 %, 1.56 times as much.
     (told,) = groups.grown(before | {"notebooks": 1000.0}, before)
     assert "tests of notebooks take 62% of the time, 40%" in told
-    # The browser's share doubles, from 4 to 8 %: less than five points.
+    # The browser's share doubles, from 4 to 8 %: less than ten points.
     assert groups.grown(before | {"browser": 84.0}, before) == []
 
 
