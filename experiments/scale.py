@@ -9,13 +9,13 @@ on the machine that benchmarks.csv names, taken in proportion to the bytes.
 
 import csv
 import math
-import re
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
 from fl_helpers.aggregation import weighted_average
 from fl_helpers.planning import run_cost
+from tools.pages import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs/scale.md", ROOT / "docs/results/benchmarks.csv"
@@ -162,12 +162,7 @@ def tables():
 def fill(page):
     """The page with its tables made anew."""
     for name, text in tables().items():
-        marks = rf"(<!-- {name} -->\n\n).*?(\n<!-- end -->)"
-        page, count = re.subn(
-            marks, lambda m, text=text: m[1] + text + m[2], page, flags=re.S
-        )
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has the mark {name!r} {count} times, not 1")
+        page = filled(page, f"\n{text}", f"<!-- {name} -->")
     return page
 
 

@@ -7,6 +7,7 @@ import csv
 import re
 from pathlib import Path
 
+from pages import filled
 from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +112,5 @@ def with_table(page: str) -> str:
         lines.append(
             f"| {row['group']} | {row['tests']} | {row['seconds']} | {share} |"
         )
-    start, end = "<!-- from test_times.csv -->\n", "\n<!-- end of test times -->"
-    head, rest = page.split(start)
-    return head + start + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+    marks = "<!-- from test_times.csv -->", "<!-- end of test times -->"
+    return filled(page, "\n" + "\n".join(lines) + "\n", *marks)

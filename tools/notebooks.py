@@ -27,6 +27,7 @@ import papermill
 import psutil
 import yaml
 from machine import circumstances, cpu_seconds
+from pages import filled
 
 from fl_helpers.record import read_recorded
 
@@ -242,10 +243,8 @@ def write_timings(rows: list[dict[str, Any]]) -> None:
     with TIMINGS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader(), writer.writerows(rows)
-    marks = r"(<!-- from timings.csv -->\n).*(\n<!-- end -->)"
     text = timings_table(read_timings())
-    text = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
-    PAGE.write_text(text)
+    PAGE.write_text(filled(PAGE.read_text(), text, "<!-- from timings.csv -->"))
 
 
 @contextlib.contextmanager

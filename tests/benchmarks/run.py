@@ -9,7 +9,6 @@ Exit code 1 if a ratio is above its bound (common.BOUNDS) by more than its noise
 import csv
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import bench_scale
 from common import FULL, RESULTS, read_results, tables
 from machine import circumstances
+from pages import filled
 
 PAGE = RESULTS.parents[1] / "benchmarks.md"
 FULL_ONLY = "bench_rounds.py", "bench_scale.py"
@@ -54,9 +54,8 @@ def listed(where):
 
 def fill(text, name, end):
     """Replace what is between the marks of the page for one file of results."""
-    marks = rf"(<!-- from {name} -->\n).*(\n<!-- {end} -->)"
-    page = re.sub(marks, lambda m: m[1] + text + m[2], PAGE.read_text(), flags=re.S)
-    PAGE.write_text(page)
+    marks = f"<!-- from {name} -->", f"<!-- {end} -->"
+    PAGE.write_text(filled(PAGE.read_text(), text, *marks))
 
 
 def main():

@@ -39,6 +39,8 @@ from fl_helpers import (
 )
 from fl_helpers.analysis import CohortLedger, TooFew, as_arrays
 from fl_helpers.cross_silo.cohorts import Cohort
+from fl_helpers.cross_silo.on_premises import disclosure
+from fl_helpers.cross_silo.on_premises.disclosure import Denied
 from fl_helpers.cross_silo.on_premises.gate import SEALED, Sums, pack
 from fl_helpers.cross_silo.on_premises.site import ANSWERS, write_local
 from fl_helpers.cross_silo.turn import Tables
@@ -55,12 +57,6 @@ ONE_BY_ONE = {  # no sums: means, and arrays whose form shows what is hidden in 
     "fl_helpers.validation:finest_counts",
     "fl_helpers.validation:silo_auroc_difference",
 }
-PRODUCTS = {  # they send sums of products of columns: a row each, of the patients' own
-    "fl_helpers.regression:silo_linear",
-    "fl_helpers.regression:silo_logistic",
-    "fl_helpers.survival:silo_cox",
-    "fl_helpers.survival:silo_hazards_over_time",
-}
 LIMITS = ("min_rows", "min_count", "min_events")  # settings that a hospital sets
 COHORTS = "analysis/cohorts.jsonl"  # of a kit, for `analysis.CohortLedger`
 QUESTIONS = "analysis/questions.jsonl"  # of a kit: time, hash and text of each
@@ -68,14 +64,7 @@ ANSWER = exchange.Limits(metrics=frozenset())  # of an answer: arrays, nothing e
 MAX_QUESTION, MAX_ANSWER = 2**22, 2**24  # bytes
 MEMORY = 2**31  # bytes that an answer may need beside what the process has
 LARGEST = 10_000  # whole number, and length of a list, in settings
-MOST_CUTS = 100  # of a question that counts by time or by score
 SKETCH = "fl_helpers.federated_statistics:silo_sketch"
-
-
-class Denied(ValueError):
-    """A question that this hospital does not answer; why stays in its log."""
-
-    code = "QUESTION_DENIED"
 
 
 @dataclass(frozen=True)
@@ -282,9 +271,9 @@ def answer(
             ledger.admit(chosen, about=about, data="sketch")
     with _limited(MEMORY):
         arrays = as_arrays(silo, function(data, **settings))
-    if question.function in PRODUCTS and not sealed:
-        _check_columns(data, rules.minimum)
-    found = [*_cuts(question.function, data, settings, arrays)]
+    if question.function in disclosure.PRODUCTS and not sealed:
+        disclosure.check_columns(data, rules.minimum)
+    found = [*disclosure.cuts(question.function, data, settings, arrays)]
     with _locked(kit) as path:
         ledger = CohortLedger(path, minimum=rules.minimum)
         of = sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
@@ -304,67 +293,6 @@ def _locked(kit: Path) -> Iterator[Path]:
     with (path.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield path
-
-
-def _cuts(
-    function: str, data: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """What an answer cuts, and who is on the lower side of each cut point.
-
-    Two life tables with an edge at day 100 and at day 101, or the counts at two
-    thresholds, would give who lies between by subtraction. Denied for too many cuts.
-    """
-    name = function.partition(":")[2]
-    if name == "silo_life_table":
-        _check_cuts(len(settings["edges"]))
-        for edge in settings["edges"]:
-            yield "events by time", data.event & (data.time <= edge)
-    elif name in ("silo_score_counts", "finest_counts"):
-        bins = len(arrays["ill"])
-        _check_cuts(bins)
-        for cut in range(1, bins):
-            below = (data.score * bins).astype(np.int64) < cut
-            yield from (("ill", below & data.y), ("healthy", below & ~data.y))
-    elif name == "silo_confusion":
-        below = data.score < settings["threshold"]
-        yield from (("ill", below & data.y), ("healthy", below & ~data.y))
-        for group in np.flatnonzero(arrays["counts"].sum(axis=1)):
-            inside = below & (data.group == group)
-            yield f"ill of {group}", inside & data.y
-            yield f"healthy of {group}", inside & ~data.y
-
-
-def _check_columns(data: Any, minimum: int) -> None:
-    """Denied for columns that single out few patients: their products are theirs alone.
-
-    Of one column, for 1 to minimum - 1 rows beside those that have one and the same
-    value. Of all columns together, for a row that a weighted sum of them tells from all
-    others (a leverage of 1): such as the only one without a 1 in any of a category's.
-    """
-    parts = [data.x, data.y] if isinstance(data, regression.Table) else [data.x]
-    x = np.column_stack([np.asarray(part, dtype=np.float64) for part in parts])
-    for k, column in enumerate(x.T):
-        if federated_statistics.few_differ(column, minimum):
-            raise Denied(
-                f"column {k} of x (y is the last) has one value in all but fewer than "
-                f"{minimum} rows; merge rare categories, leave it out, or ask in "
-                "secure sums"
-            )
-    x = np.column_stack([np.ones(len(x)), x])
-    basis, sizes, _ = np.linalg.svd(
-        x / np.maximum(np.abs(x).max(axis=0), 1e-300), False
-    )
-    leverage = (basis[:, sizes > 1e-9 * sizes[0]] ** 2).sum(axis=1)
-    if leverage.max() > 1 - 1e-9:
-        raise Denied(
-            "the columns together single out a row; merge rare categories, ask about "
-            "more rows or fewer columns, or ask in secure sums"
-        )
-
-
-def _check_cuts(number: int) -> None:
-    if number > MOST_CUTS:
-        raise Denied(f"{number} intervals or bins; a question has at most {MOST_CUTS}")
 
 
 def _data_digest(tables: Tables) -> str:

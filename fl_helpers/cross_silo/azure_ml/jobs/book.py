@@ -44,11 +44,7 @@ def book(args: Namespace) -> None:
 
 def main() -> None:
     """Book, with all that is printed kept in the silo."""
-    parser = common.silo_parser()
-    parser.add_argument("--booked", type=common.folder, required=True)
-    args = parser.parse_args()
-    what = f"{args.silo}, round {args.round}"
-    common.run_privately(args.private, what, lambda: book(args))
+    common.run_silo_job(book, common.silo_parser(), "round {round}")
 
 
 if __name__ == "__main__":

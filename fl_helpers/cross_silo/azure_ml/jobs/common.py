@@ -71,7 +71,7 @@ def own_place(args: Namespace, run: Run, only: str) -> turn.Place | None:
             f"epsilon and delta: {error!r}"
         ) from None
     folder = Path(tempfile.mkdtemp())
-    if only == "draw" and getattr(args, "booked", None):
+    if only == "draw" and args.booked:
         shutil.copy(args.booked / turn.ACCOUNT, folder)
     return turn.Place(folder, run.name, epsilon, delta, only)
 
@@ -103,7 +103,7 @@ def silo_parser() -> ArgumentParser:
     parser.add_argument("--metrics", required=True)
     for name in ("data", "model", "private"):
         parser.add_argument(f"--{name}", type=folder, required=True)
-    for name in ("kept", "account"):
+    for name in ("kept", "account", "booked"):
         parser.add_argument(f"--{name}", type=folder)
     return parser
 
@@ -122,6 +122,16 @@ def gather_parser() -> ArgumentParser:
 def is_first() -> bool:
     """Whether this is the one process of a job, or the first of several: it writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def run_silo_job(
+    job: Callable[[Namespace], None], parser: ArgumentParser, what: str
+) -> None:
+    """Do a silo's job with its arguments, see `run_privately`. what: is said outside,
+    after the silo's name; {round} in it is the job's."""
+    args = parser.parse_args()
+    about = f"{args.silo}, {what.format(**vars(args))}"
+    run_privately(args.private, about, lambda: job(args))
 
 
 def run_privately(private: Path, what: str, job: Callable[[], None]) -> None:

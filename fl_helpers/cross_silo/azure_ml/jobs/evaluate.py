@@ -29,9 +29,7 @@ def main() -> None:
     """Test, with all that is printed kept in the silo."""
     parser = common.silo_parser()
     parser.add_argument("--scores", type=common.folder, required=True)
-    args = parser.parse_args()
-    what = f"{args.silo}, after {args.round} rounds"
-    common.run_privately(args.private, what, lambda: evaluate(args))
+    common.run_silo_job(evaluate, parser, "after {round} rounds")
 
 
 if __name__ == "__main__":

@@ -44,11 +44,8 @@ def main() -> None:
         "--seed", type=int, required=True, help="of the run; it is said"
     )
     parser.add_argument("--model_update", type=common.folder, required=True)
-    for name in ("booked", "next_kept"):
-        parser.add_argument(f"--{name}", type=common.folder)
-    args = parser.parse_args()
-    what = f"{args.silo}, round {args.round}"
-    common.run_privately(args.private, what, lambda: train(args))
+    parser.add_argument("--next_kept", type=common.folder)
+    common.run_silo_job(train, parser, "round {round}")
 
 
 if __name__ == "__main__":
