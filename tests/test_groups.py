@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import groups
+import pages
 import pytest
 
 
@@ -73,6 +74,12 @@ def test_the_page_gets_the_table_of_the_file(tmp_path, monkeypatch, end):
     assert page.startswith("before\n") and page.endswith(end or "times -->")
     assert page.count("| browser | 3 | 10 | 20% |") == 1
     assert groups.read_times() == seconds
+
+
+@pytest.mark.parametrize("page", ["", "<!-- a -->\n\n<!-- end -->\n" * 2])
+def test_a_page_without_its_marks_or_with_two_is_not_written(page):
+    with pytest.raises(ValueError, match=f"has {page.count('end')} places"):
+        pages.filled(page, "text", "<!-- a -->")
 
 
 @pytest.mark.skipif(not groups.TIMES.exists(), reason="not measured yet")
