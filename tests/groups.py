@@ -7,7 +7,6 @@ import csv
 import re
 from pathlib import Path
 
-from pages import filled
 from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +102,8 @@ def write_times(seconds: dict[str, float], tests: dict[str, int]) -> None:
 
 def with_table(page: str) -> str:
     """The page with the table of the file."""
+    from pages import filled  # here: processes of tests read conftest without tools/
+
     with TIMES.open() as file:
         rows = list(csv.DictReader(file))
     total = sum(int(row["seconds"]) for row in rows)
