@@ -1,5 +1,6 @@
 """A tiny federation: two unequal silos, two small models, and a run of it."""
 
+import os
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -17,6 +18,9 @@ from fl_helpers.training import ClientFunctions
 CALM = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("calm", deadline=None, suppress_health_check=CALM)
 settings.load_profile("calm")
+# Three processes test side by side. If the kernels that they start took all cores each,
+# their threads would wait for one another: three notebooks at once took twice as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
