@@ -216,6 +216,8 @@ class Pooled(NamedTuple):
     error: float
     between: float  # variance of the true effects between silos, 0 for a fixed effect
     share: float  # I^2: share of the spread that is no chance, 0 to 1
+    low: float  # of the 95 % interval
+    high: float
 
 
 def meta_analysis(
@@ -224,9 +226,11 @@ def meta_analysis(
     """Combine one estimate and its standard error from each silo, by inverse variance.
 
     random: the silos' true effects differ (DerSimonian and Laird 1986); else they are
-    one. Two numbers leave each silo, once; where silos are small, the sums of
-    `fit_logistic` use the data better. Raises ValueError for other names, fewer than
-    two silos, or errors that are not > 0.
+    one. Then the interval is that of Hartung and Knapp (2001), which says how little a
+    few silos tell about how much silos differ, and is never narrower than with `error`.
+    Two numbers leave each silo, once; where silos are small, the sums of `fit_logistic`
+    use the data better. Raises ValueError for other names, fewer than two silos, or
+    errors that are not > 0.
     """
     if estimates.keys() != errors.keys() or len(estimates) < 2:
         raise ValueError(
@@ -244,10 +248,14 @@ def meta_analysis(
     mean = float(weight @ effect / weight.sum())
     spread, freedom = float(weight @ (effect - mean) ** 2), len(silos) - 1
     share = max(0.0, 1 - freedom / spread) if spread > 0 else 0.0
-    between = 0.0
+    between, wider, likely = 0.0, 1.0, stats.norm.ppf(0.975)
     if random:
         scale = weight.sum() - (weight**2).sum() / weight.sum()
         between = max(0.0, (spread - freedom) / float(scale))
         weight = 1 / (variance + between)
         mean = float(weight @ effect / weight.sum())
-    return Pooled(mean, float(weight.sum() ** -0.5), between, share)
+        wider = max(1.0, float(weight @ (effect - mean) ** 2) / freedom) ** 0.5
+        likely = stats.t.ppf(0.975, freedom)
+    error = float(weight.sum() ** -0.5)
+    half = float(likely * wider * error)
+    return Pooled(mean, error, between, share, mean - half, mean + half)

@@ -168,3 +168,10 @@ def test_the_levels_of_the_impact_assessment_follow_from_its_scale():
         assert level == ("low" if number <= 3 else "medium" if number <= 6 else "high")
     high = re.findall(r"\| (R\d+) \|[^|]*\|[^|]*\|[^|]*\|[^|]*\*\*high", ASSESSMENT)
     assert "{}, {} and {} are high today".format(*high) in ASSESSMENT
+
+
+def test_ten_images_of_a_patient_leave_no_guarantee_from_where_the_brief_says():
+    """Of k records: k epsilon, and k exp((k - 1) epsilon) delta (Dwork, Roth 2014)."""
+    assert "delta 10 · exp(9 · epsilon) times, no guarantee from 1.45 on" in BRIEF
+    deltas = {e: 10 * math.exp(9 * e) * DELTA for e in (0.75, 1.45)}
+    assert deltas[0.75] < 0.1 and deltas[1.45] > 1

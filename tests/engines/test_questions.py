@@ -347,6 +347,8 @@ def test_two_thresholds_do_not_give_away_who_lies_between(kit):
     assert confusion(first).sum() == 60
     with pytest.raises(TooFew, match="differs from that of"):
         confusion(near)
+    with pytest.raises(TooFew, match="differs from that of"):
+        confusion(near, table="validation")  # the same table, by its name
     assert confusion(first, where={"half": (0, 1)}).sum() == 60  # the same cohort
     assert confusion(near, where={"half": (1, 1)}).sum() == 30  # it is another one
 

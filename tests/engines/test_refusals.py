@@ -88,6 +88,16 @@ def test_a_model_that_was_not_agreed_to_is_refused(train, kit):
     assert train(0).get_return_code() == "MODEL_REFUSED"
 
 
+def test_a_hospital_with_a_budget_lets_nothing_out_that_was_not_booked(train, kit):
+    own = site.read_site(kit)
+    site.write_site(kit, replace(own, epsilon=3.0, delta=1e-3))
+    answer = train(0)  # its client trains without the account
+    assert answer.get_return_code() == "TURN_NOT_BOOKED"
+    assert through(kit, answer).get_return_code() == "TURN_NOT_BOOKED"
+    site.write_site(kit, own)
+    assert train(0).get_return_code() == ReturnCode.OK
+
+
 @pytest.mark.parametrize("name", ["site.json", "egress.json"])
 @pytest.mark.parametrize("content", ["", '{"silo": "Hosp', "[]", "{}"])
 def test_a_damaged_file_of_a_kit_is_named(train, kit, caplog, name, content):

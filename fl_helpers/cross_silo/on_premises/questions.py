@@ -208,10 +208,15 @@ def read_rules(kit: str | Path) -> Rules:
 # -- the hospital's rows
 
 
+def table_of(question: Question) -> str:
+    """The table that a question names, or that of its function."""
+    module = question.function.partition(":")[0].rpartition(".")[2]
+    return question.table or module
+
+
 def cohort(tables: Tables, question: Question) -> tuple[Any, np.ndarray]:
     """The rows that a question is about, and whose they are, bool [patients]."""
-    module = question.function.partition(":")[0].rpartition(".")[2]
-    name = question.table or module
+    name = table_of(question)
     if name not in tables.tables or not question.where.keys() <= tables.columns.keys():
         raise Denied("this hospital has no such table or column")
     data, inside = tables.tables[name], np.ones(tables.patients, dtype=bool)
@@ -277,10 +282,11 @@ def answer(
     with _locked(kit) as path:
         ledger = CohortLedger(path, minimum=rules.minimum)
         of = sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
+        of = f"{of} {table_of(question)}"
         for what, part in found:
             rows = chosen.copy()
             rows[chosen] = part
-            ledger.admit_part(rows, about=about, data=f"{of} {question.table} {what}")
+            ledger.admit_part(rows, about=about, data=f"{of} {what}")
     whose = Cohort(chosen, _data_digest(tables)) if sealed else None
     return Sums(arrays, number, question, int(chosen.sum()), whose)
 

@@ -33,6 +33,8 @@ CODES = {  # code: what it means, and who does what
     "DISK_FULL": "its disk is full; make room there, it is asked again",
     "OUT_OF_MEMORY": "its machine or GPU has too little memory; a smaller batch",
     SPENT: "its privacy budget is spent, its part in the run ends",
+    "TURN_NOT_BOOKED": "it has a privacy budget, and its client function trained "
+    "without its account; its log says which function to copy",
     "SECURE_SUM_DENIED": "the question could reveal an update or an answer, or "
     "somebody is not who they say; its log says which",
     "QUESTION_DENIED": "the question is not on its list, or has settings that it does "

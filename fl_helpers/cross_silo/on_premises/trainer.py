@@ -64,14 +64,15 @@ class Trainee:
     def __init__(self, plan: Mapping[str, Any]) -> None:
         self.run = from_plain(plan["run"])
         label = f"{self.run.name} {plan['job']}"
-        own = Path(plan["account"]), label, plan["epsilon"], plan["delta"]
+        budget = plan["epsilon"], plan["delta"]
+        self.place = turn.Place(Path(plan["account"]), label, *budget)
         with blamed("DATA_UNREADABLE", OSError, EOFError, SafetensorError):
             self.client = turn.load_client(
                 plan["client"],
                 plan["data"],
                 self.run.settings,
                 silo=plan["silo"],
-                place=turn.Place(*own),
+                place=self.place,
             )
 
     @property
@@ -89,7 +90,23 @@ class Trainee:
             given = self.run, self.client, params
             if task == "evaluate":
                 return turn.test(*given, round_index=round_index), {}
-            return turn.train(*given, round_index=round_index)
+            done = turn.train(*given, round_index=round_index)
+        self._check_booked(round_index)
+        return done
+
+    def _check_booked(self, round_index: int) -> None:
+        """Where the hospital has a budget, no update leaves that cost it nothing."""
+        if self.place.epsilon is None:
+            return
+        about = {"run": self.place.run, "round": round_index}
+        lines = self.place.account(self.silo.name).lines
+        if not any(about.items() <= line.items() for line in lines):
+            raise Refusal(
+                "TURN_NOT_BOOKED",
+                f"{self.silo.name!r} has a privacy budget, but its client booked "
+                "nothing; it must train with place.account, as "
+                "hospital.private_client does",
+            )
 
 
 class Trainer:
