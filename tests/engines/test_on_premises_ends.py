@@ -14,8 +14,9 @@ from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import provision, site
 from fl_helpers.cross_silo.on_premises.fleet import MARK, Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
+from fl_helpers.cross_silo.run import Run
 
-from .conftest import wait_until
+from .conftest import LIMITS, METRICS, wait_until
 
 pytestmark = pytest.mark.engines
 ROOT = Path(__file__).parents[2]
@@ -90,3 +91,23 @@ def test_a_kit_of_an_older_version_says_what_to_do(silos_yaml, tmp_path, who):
     with pytest.raises(RunError, match=rf"{who} ended(?s:.)*Harden it again with"):
         with Fleet(silos_yaml, tmp_path, ready=180):
             pass
+
+
+@pytest.mark.skipif(not os.environ.get("FULL"), reason="set FULL=1: takes minutes")
+def test_the_memory_of_parents_does_not_grow_over_fifty_jobs(
+    silos_yaml, params, tmp_path
+):
+    """Resident megabytes of the processes that live on, after each job of a round."""
+    sizes = {}
+    with Fleet(silos_yaml, tmp_path, ready=180) as fleet:
+        fleet.allow(params, metrics=METRICS)
+        for job in range(50):
+            run = Run(f"job_{job}", params, rounds=1, seed=job, limits=LIMITS)
+            assert list(fleet.run(run, timeout=120))[-1]["event"] == "done"
+            for who, process in fleet.processes.items():
+                size = psutil.Process(process.pid).memory_info().rss / 1e6
+                sizes.setdefault(who, []).append(size)
+    for who, found in sizes.items():
+        print(who, [round(size) for size in found[::7]])
+    grown = {who: found[-1] - found[9] for who, found in sizes.items()}
+    assert max(grown.values()) < 20, grown  # in forty jobs; the first ten fill caches
