@@ -10,6 +10,7 @@ ARGS ?=
 run: $(if $(filter learn,$(PART)),setup-learn,setup)  ## execute the notebooks into runs/ and print the results
 	$(BIN)/python tools/notebooks.py run $(if $(NB),--only $(NB)) $(if $(PART),--part $(PART)) $(ARGS)
 
+lab: export OMP_NUM_THREADS ?= 1# as `make run` has it, see tools/notebooks.py
 lab: setup  ## open JupyterLab on the notebooks (no news, no update checks)
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)

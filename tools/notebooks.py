@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,9 @@ BAR = re.compile(r"\d+%\|")  # tqdm's: "rounds:  25%|##5   | 2/8 [00:01<00:03]"
 
 
 def main() -> int:
+    # The models are small: threads wait for each other, most of all on a machine that
+    # does other work, and their number changes the last digits. Silos train in parallel.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     options = parse_arguments()
     try:
         paths = select(options.only, options.part)

@@ -219,7 +219,7 @@ class EgressGate(Filter):
             return _release(kit, ledger, found, silo, task)
         except Exception as error:
             self.logger.warning(f"the gate let nothing out: {error}")
-            return make_reply(code_of(error, GATE))
+            return _say(ledger, code_of(error, GATE), silo)
 
 
 def _release(
