@@ -54,8 +54,8 @@ def test_compare_pairs_the_runs_and_alternates_their_order():
     assert len(times.wall) == len(times.cpu) == len(times.runs) == 3
 
 
-@pytest.mark.parametrize(("full", "pairs"), [(True, 15), (False, 9)])
-def test_a_short_run_takes_three_fifths_of_the_pairs(monkeypatch, full, pairs):
+@pytest.mark.parametrize(("full", "pairs"), [(True, 15), (False, 8)])
+def test_a_short_run_takes_half_of_the_pairs(monkeypatch, full, pairs):
     monkeypatch.setattr(common, "FULL", full)
     nothing = (lambda: None,) * 2
     runs = common.compare(*nothing, pairs=15).runs

@@ -62,7 +62,7 @@ def compare(reference, candidate, *, pairs=5, warm_up=True):
     garbage is collected between runs, not in them. pairs: with --full; else three
     fifths of them, at least 3.
     """
-    pairs = pairs if FULL else max(min(3, pairs), math.ceil(0.6 * pairs))
+    pairs = pairs if FULL else max(min(3, pairs), math.ceil(pairs / 2))
     if warm_up:
         reference(), candidate()
     runs = []
