@@ -59,8 +59,8 @@ def compare(reference, candidate, *, pairs=5, warm_up=True):
     """Medians over pairs of runs: seconds of both, and the ratio with its noise.
 
     One untimed run of each comes first; the order within a pair alternates, and
-    garbage is collected between runs, not in them. pairs: with --full; else three
-    fifths of them, at least 3.
+    garbage is collected between runs, not in them. pairs: with --full; else half
+    of them, at least 3.
     """
     pairs = pairs if FULL else max(min(3, pairs), math.ceil(pairs / 2))
     if warm_up:
