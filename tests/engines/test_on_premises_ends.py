@@ -1,5 +1,6 @@
 """Nothing is left running, whatever happens to whoever started it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -104,9 +105,13 @@ def test_the_memory_of_parents_does_not_grow_over_fifty_jobs(
         for job in range(50):
             run = Run(f"job_{job}", params, rounds=1, seed=job, limits=LIMITS)
             assert list(fleet.run(run, timeout=120))[-1]["event"] == "done"
-            for who, process in fleet.processes.items():
-                size = psutil.Process(process.pid).memory_info().rss / 1e6
-                sizes.setdefault(who, []).append(size)
+            for process in fleet.own_processes():
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    line = process.cmdline()  # python -u -m ...client_train -m KIT
+                    if " ".join(line[3:4]).endswith((".client_train", ".server_train")):
+                        size = process.memory_info().rss / 1e6
+                        sizes.setdefault(Path(line[5]).name, []).append(size)
+    assert len(sizes) == 4  # the server's, and three hospitals'
     for who, found in sizes.items():
         print(who, [round(size) for size in found[::7]])
     grown = {who: found[-1] - found[9] for who, found in sizes.items()}
