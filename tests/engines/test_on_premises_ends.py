@@ -95,7 +95,7 @@ def test_a_kit_of_an_older_version_says_what_to_do(silos_yaml, tmp_path, who):
 
 
 @pytest.mark.skipif(not os.environ.get("FULL"), reason="set FULL=1: takes minutes")
-def test_the_memory_of_parents_does_not_grow_over_fifty_jobs(
+def test_the_memory_of_parents_hardly_grows_over_fifty_jobs(
     silos_yaml, params, tmp_path
 ):
     """Resident megabytes of the processes that live on, after each job of a round."""
