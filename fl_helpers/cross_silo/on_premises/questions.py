@@ -281,8 +281,8 @@ def answer(
     found = [*disclosure.cuts(question.function, data, settings, arrays)]
     with _locked(kit) as path:
         ledger = CohortLedger(path, minimum=rules.minimum)
-        of = sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
-        of = f"{of} {table_of(question)}"
+        digest = sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
+        of = f"{digest} {table_of(question)}"
         for what, part in found:
             rows = chosen.copy()
             rows[chosen] = part
