@@ -48,8 +48,8 @@ BAR = re.compile(r"\d+%\|")  # tqdm's: "rounds:  25%|##5   | 2/8 [00:01<00:03]"
 
 
 def main() -> int:
-    # The models are small: threads wait for each other, most of all on a machine that
-    # does other work, and their number changes the last digits. Silos train in parallel.
+    # The models are small: threads wait for each other, most of all where other work is
+    # done, and their number changes the last digits. Silos train in parallel.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options = parse_arguments()
     try:
