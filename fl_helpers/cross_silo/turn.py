@@ -34,6 +34,12 @@ class WrongData(ValueError):
     code = "DATA_UNREADABLE"  # all that leaves the silo of it
 
 
+class NotBooked(ValueError):
+    """A silo has a privacy budget, and its client trained without the account."""
+
+    code = "TURN_NOT_BOOKED"  # all that leaves the silo of it
+
+
 @dataclass(frozen=True)
 class Place:
     """What is a silo's own in a run, beside its data.
@@ -61,6 +67,17 @@ class Place:
             )
         budget, path = Budget(self.epsilon, self.delta), self.folder / ACCOUNT
         return SiloAccount(path, budget, silo=silo, only=self.only)
+
+    def check_booked(self, silo: str, round_index: int) -> None:
+        """Raises NotBooked if the silo has a budget that this turn cost nothing."""
+        if self.epsilon is None:
+            return
+        about = {"run": self.run, "round": round_index}
+        if not any(about.items() <= line.items() for line in self.account(silo).lines):
+            raise NotBooked(
+                f"{silo!r} has a privacy budget, but its client booked nothing; train "
+                "with place.account, as hospital.private_client does"
+            )
 
 
 @dataclass(frozen=True)

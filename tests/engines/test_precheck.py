@@ -666,7 +666,13 @@ def client_is(name):
     return defect
 
 
+def unbooked_budget(kit, place):
+    own = site.read_site(kit)
+    site.write_site(kit, replace(own, epsilon=3.0, delta=1e-3))
+
+
 DEFECTS = [
+    (unbooked_budget, "one batch", "privacy budget", "private_client"),
     (client_is("nobody"), "client function", "AttributeError", "--show-errors"),
     (client_is("raises"), "data", "RuntimeError (line", "--show-errors"),
     (client_is("named"), "data", "raised an error (line", "--show-errors"),

@@ -54,6 +54,11 @@ FAILED = {  # codes of `precheck_trial`: what was found, and what to do
         "the function does not take (data, settings), or returns no `Client`",
         "begin with a copy of fl_helpers/cross_silo/hospital.py",
     ),
+    "NOT_BOOKED": (
+        "there is a privacy budget, and the function trained without the account",
+        "train as private_client of fl_helpers/cross_silo/hospital.py does, or take "
+        "the budget out of local/site.json",
+    ),
     "LOSS_NOT_FINITE": (
         "the loss, or another number that it reports, is NaN or infinite",
         "look for empty and absurd values in the data, then try a smaller lr",

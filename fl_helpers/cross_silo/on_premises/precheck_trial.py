@@ -172,6 +172,8 @@ def describe(error: BaseException, client: str) -> dict[str, Any]:
     code = "FAILED"
     if ours and isinstance(error, ValueError) and "the data are of" in str(error):
         code = "WRONG_SILO"
+    elif isinstance(error, turn.NotBooked):
+        code = "NOT_BOOKED"
     elif isinstance(error, FloatingPointError):
         code = "LOSS_NOT_FINITE"
     elif ours and isinstance(error, TypeError):
@@ -192,7 +194,8 @@ def _try(plan: Plan, found: dict[str, Any]) -> None:
     with _stage(found, "client function", plan):
         turn.load_function(plan["client"])
     with _stage(found, "data", plan):
-        how = {"silo": plan["silo"], "place": _place(plan, out)}
+        place = _place(plan, out)
+        how = {"silo": plan["silo"], "place": place}
         client = turn.load_client(plan["client"], plan["data"], settings, **how)
         found["labels"] = _labels(client.silo)
     with _stage(found, "patients", plan):
@@ -206,6 +209,7 @@ def _try(plan: Plan, found: dict[str, Any]) -> None:
             few = _few(client.silo, int(settings.get("batch_size", 8)))
             client = replace(client, silo=few)
         update, _ = turn.train(asked.run, client, asked.start, round_index=0)
+        place.check_booked(client.silo.name, 0)
         metrics = {str(k): float(v) for k, v in update.metrics.items()}
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError("a metric is not finite")

@@ -91,22 +91,8 @@ class Trainee:
             if task == "evaluate":
                 return turn.test(*given, round_index=round_index), {}
             done = turn.train(*given, round_index=round_index)
-        self._check_booked(round_index)
+        self.place.check_booked(self.silo.name, round_index)
         return done
-
-    def _check_booked(self, round_index: int) -> None:
-        """Where the hospital has a budget, no update leaves that cost it nothing."""
-        if self.place.epsilon is None:
-            return
-        about = {"run": self.place.run, "round": round_index}
-        lines = self.place.account(self.silo.name).lines
-        if not any(about.items() <= line.items() for line in lines):
-            raise Refusal(
-                "TURN_NOT_BOOKED",
-                f"{self.silo.name!r} has a privacy budget, but its client booked "
-                "nothing; it must train with place.account, as "
-                "hospital.private_client does",
-            )
 
 
 class Trainer:
