@@ -1,5 +1,7 @@
 """The notebook runner, the record and the figures."""
 
+import multiprocessing
+import re
 import subprocess
 import sys
 from functools import partial
@@ -33,6 +35,8 @@ def test_an_unknown_parameter_is_an_error_and_names_the_known_ones():
 def test_an_unknown_notebook_is_an_error():
     done = runner("run", "--only", "77")
     assert done.returncode == 2 and "no notebook starts with '77'" in done.stderr
+    done = runner("run", "--at-once", "0")
+    assert done.returncode == 2 and "--at-once is 0" in done.stderr
 
 
 def test_values_from_the_command_line_are_read_as_python(monkeypatch):
@@ -82,6 +86,29 @@ def test_a_notebook_that_fails_has_a_row_and_others_go_on(notebooks, capsys):
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert "failed" in first and "cell 3: ValueError: no" in first
     assert "02_hospitals_and_their_data" in second and " 9 " in second
+
+
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="made-up times are inherited"
+)
+def test_two_notebooks_at_once_take_the_time_of_one_and_rows_keep_their_order(
+    notebooks, capfd
+):
+    """They meet at a barrier; then the first waits for the second."""
+    met, done = multiprocessing.Barrier(2), multiprocessing.Event()
+
+    def execute(path, *_):
+        met.wait(60)  # BrokenBarrierError, were they one after the other
+        first = path.name.startswith("01")
+        done.wait(60) if first else done.set()
+        print(f"line {notebooks.LINE}", file=sys.stderr, flush=True)
+        return 1.0 if first else 2.0
+
+    notebooks.execute = execute
+    assert notebooks.run(notebooks.select(["01", "02"]), {}, at_once=2) == 0
+    printed, bars = capfd.readouterr()
+    assert sorted(re.findall("line .+", bars)) == ["line 0", "line 1"]
+    assert re.findall(r"^(0\d)\S+ +(\d)", printed, re.M) == [("01", "1"), ("02", "2")]
 
 
 def test_each_notebook_belongs_to_one_part(notebooks):

@@ -3,6 +3,7 @@
 python tools/notebooks.py run                       all notebooks, into runs/
 python tools/notebooks.py run --only 03             one of them
 python tools/notebooks.py run --part learn          01 to 05, which need fewer packages
+python tools/notebooks.py run --at-once 1           one after the other, not two at once
 python tools/notebooks.py run -p DATASET pneumoniamnist
 python tools/notebooks.py refresh                   rewrite the committed outputs
 python tools/notebooks.py timings                   time and memory: docs/timings.md
@@ -12,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import multiprocessing
 import os
 import re
 import subprocess
@@ -20,6 +22,8 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,8 @@ PARTS = {  # the first notebook of each part, and its title
     "real": ("10", "Run for real"),
     "data": ("13", "Your data"),
 }
+AT_ONCE = min(2, os.cpu_count() or 1)  # each holds up to 5 GB; most compute on one core
+LINE = None  # of the terminal, where the bars of this process are drawn
 BAR = re.compile(r"\d+%\|")  # tqdm's: "rounds:  25%|##5   | 2/8 [00:01<00:03]"
 
 
@@ -58,6 +64,8 @@ def main() -> int:
         check_parameters(paths, parameters)
         if parameters and options.command == "timings":
             raise ValueError("timings are of the default and the small parameters")
+        if options.at_once < 1:
+            raise ValueError(f"--at-once is {options.at_once}; it must be 1 or more")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,7 +73,9 @@ def main() -> int:
         for path in paths:
             refresh(path, parameters)
         return 0
-    return timings(paths) if options.command == "timings" else run(paths, parameters)
+    if options.command == "timings":
+        return timings(paths)
+    return run(paths, parameters, options.at_once)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("command", choices=("run", "refresh", "timings"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NN")
     parser.add_argument("--part", choices=PARTS, help="only one part of the lessons")
+    told = "notebooks that `run` executes side by side (default: %(default)s)"
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="N", help=told)
     parser.add_argument(
         *("-p", "--parameter"),
         dest="parameters",
@@ -148,35 +160,49 @@ def execute(path: Path, output: Path, parameters: dict[str, Any]) -> float:
             kernel_name="python3",
             extra_arguments=["--log-level=ERROR"],  # a loopback kernel needs no advice
             cwd=str(NOTEBOOKS),
-            progress_bar={"desc": path.stem, "unit": "cell"},
+            progress_bar={"desc": path.stem, "unit": "cell", "position": LINE},
         )
     return time.perf_counter() - started
 
 
-def run(paths: list[Path], parameters: dict[str, Any]) -> int:
-    """Execute into runs/, with a row for each when it is done, also when it failed."""
+def run(paths: list[Path], parameters: dict[str, Any], at_once: int = 1) -> int:
+    """Execute into runs/, with a row for each in order, also when it failed."""
     width, failed, part = max(len(path.stem) for path in paths), 0, None
     print(f"{'notebook':{width}}  seconds  on the card    results")
-    for path in paths:
-        if part != part_of(path):
-            part = part_of(path)
-            print(f"\n{PARTS[part][1]}\n{'-' * (width + 60)}")
-        try:
-            row = run_one(path, parameters)
-        except papermill.PapermillExecutionError as error:
-            failed += 1
-            where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
-            row = "failed", "", f"{where} (see {RUNS / path.name})"
-        seconds, card_time, numbers = row
-        print(f"{path.stem:{width}}  {seconds:>7}  {card_time:13}  {numbers}")
-        sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
+        each = map
+        if min(at_once, len(paths)) > 1:
+            lines = multiprocessing.SimpleQueue()
+            for line in range(at_once):
+                lines.put(line)
+            pool = ProcessPoolExecutor(at_once, initializer=take_line, initargs=[lines])
+            each = stack.enter_context(pool).map
+        rows = iter(each(partial(run_one, parameters=parameters), paths))
+        for path in paths:
+            if part != part_of(path):
+                part = part_of(path)
+                print(f"\n{PARTS[part][1]}\n{'-' * (width + 60)}", flush=True)
+            seconds, card_time, numbers = next(rows)
+            failed += seconds == "failed"
+            print(f"{path.stem:{width}}  {seconds:>7}  {card_time:13}  {numbers}")
+            sys.stdout.flush()
     return int(failed > 0)
+
+
+def take_line(lines: Any) -> None:
+    """Take a line of the terminal for the bars of this process."""
+    global LINE
+    LINE = lines.get()
 
 
 def run_one(path: Path, parameters: dict[str, Any]) -> tuple[str, str, str]:
     """Execute one notebook into runs/: seconds, time on its card, first results."""
     output, minutes = RUNS / path.name, card_minutes(path)
-    seconds = execute(path, output, parameters)
+    try:
+        seconds = execute(path, output, parameters)
+    except papermill.PapermillExecutionError as error:
+        where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+        return "failed", "", f"{where} (see {output})"
     slower = ", slower" if seconds > 60 * minutes else ""
     numbers = headline(read_recorded(output))
     return f"{seconds:.0f}", f"{minutes} min{slower}", numbers
