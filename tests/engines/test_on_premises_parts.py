@@ -540,6 +540,27 @@ def test_of_jobs_that_are_over_a_kit_keeps_the_logs(tmp_path):
         assert (tmp_path / name / "app").exists()
 
 
+def test_who_waits_asks_after_a_tenth_of_the_time_that_it_waits():
+    rounds, engine = controller.RoundController(), SimpleNamespace()
+    runner, silo = SimpleNamespace(config=engine), SimpleNamespace()
+    silo.get_identity_name = lambda: "Hospital-A"
+    context = SimpleNamespace(get_prop={FLContextKey.RUNNER: runner}.get)
+    context.get_peer_context = lambda: silo
+    for ago, after in {None: 0.1, 0.3: 0.1, 5.0: 0.5, 3600.0: 1.0}.items():
+        rounds.started = time.monotonic() - ago if ago else 0.0
+        rounds.handle_event(EventType.BEFORE_PROCESS_TASK_REQUEST, context)
+        assert engine.task_request_interval == pytest.approx(after, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["executor", "controller", "trainer"])
+def test_a_process_looks_for_garbage_less_often_before_it_imports_torch(name):
+    package = "fl_helpers.cross_silo"
+    code = f"import {package}.on_premises.{name}, gc, sys\nfound = list(sys.modules)\n"
+    code += f"assert found.index('{package}.short_lived') < found.index('torch')\n"
+    code += "assert gc.get_threshold()[0] == 20_000"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_process_ends_with_its_parent(tmp_path):
     """The child of a process that is killed is gone, too, soon after."""
     child = (

@@ -8,6 +8,9 @@ as long as the run waits for one.
 
 from __future__ import annotations
 
+import fl_helpers.cross_silo.short_lived  # noqa: F401, before PyTorch
+
+# isort: split
 import contextlib
 import shutil
 import threading
@@ -30,7 +33,7 @@ from nvflare.apis.signal import Signal
 from fl_helpers import exchange
 from fl_helpers.cross_silo.on_premises.attendance import Answers, Attendance
 from fl_helpers.cross_silo.on_premises.gate import pack, unpack
-from fl_helpers.cross_silo.on_premises.job import Job, read_job
+from fl_helpers.cross_silo.on_premises.job import SOON, Job, read_job
 from fl_helpers.cross_silo.on_premises.record import Record, State
 from fl_helpers.cross_silo.on_premises.refusals import CODES, SPENT
 from fl_helpers.cross_silo.on_premises.worker import end_with_parent
@@ -39,6 +42,7 @@ from fl_helpers.simulation import Metrics, NoQuorum, Params
 START_UP = 60  # seconds that the silos' workers may need before the first task
 AGAIN = "start the same run again when more silos are there, it goes on from here"
 PAUSE = 10  # seconds before a silo that refused is asked the same again
+SELDOM = 1.0  # seconds after which a silo without work asks again, at last
 
 
 class RoundController(Controller):
@@ -71,6 +75,14 @@ class RoundController(Controller):
             end_with_parent()
         if event_type == EventType.BEFORE_PROCESS_TASK_REQUEST:
             self.there.heard.add(fl_ctx.get_peer_context().get_identity_name())
+            self._ask_less_often(fl_ctx)
+
+    def _ask_less_often(self, fl_ctx: FLContext) -> None:
+        """Who waits for the others asks for work again after a tenth of that time: each
+        question costs the server, and twenty silos ask all at once."""
+        waited = time.monotonic() - self.started if self.started else 0.0
+        engine = fl_ctx.get_prop(FLContextKey.RUNNER).config
+        engine.task_request_interval = min(max(SOON, waited / 10), SELDOM)
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         # Seconds; NVFlare 2.9.0 does not pass on the constructor's task_check_period.

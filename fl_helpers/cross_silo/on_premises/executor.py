@@ -7,6 +7,9 @@ its own, see `trainer`.
 
 from __future__ import annotations
 
+import fl_helpers.cross_silo.short_lived  # noqa: F401, before PyTorch
+
+# isort: split
 import contextlib
 import hashlib
 import json

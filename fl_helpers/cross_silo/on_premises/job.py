@@ -39,6 +39,7 @@ SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
 CUT = 120  # seconds without progress before a transfer begins anew, see `site.LINE`;
 # so long does a silo wait, too, for a short reply that was lost on its way
+SOON = 0.1  # seconds after which a silo without work asks again, at first
 DAY = 86_400  # seconds; a silo that is away is for deadline and quorum to judge
 MAY_CHANGE = (  # of a run that is resumed
     *("rounds", "quorum", "deadline", "stop"),
@@ -139,7 +140,7 @@ def write_parts(
     empty = ("components", "task_data_filters", "task_result_filters")
     base = {"format_version": 2, **{key: [] for key in empty}}
     rounds = {"id": "rounds", "path": controller, "args": {}}
-    poll = {"task_request_interval": 0.1}  # seconds; by default 2
+    poll = {"task_request_interval": SOON}  # by default 2 s
     server = base | {"workflows": [rounds], "server": poll}
     server["dead_client_grace_period"] = DAY  # by default the job ends after a minute
     _write(app / "config_fed_server.json", server)

@@ -8,6 +8,9 @@ through the pipe as safetensors, all else as JSON.
 
 from __future__ import annotations
 
+import fl_helpers.cross_silo.short_lived  # noqa: F401, before PyTorch
+
+# isort: split
 import contextlib
 import json
 import os

@@ -3,8 +3,9 @@ it, this folder is the code snapshot that `snapshot.write_snapshots` writes."""
 
 from __future__ import annotations
 
-import atexit
-import gc
+import fl_helpers.cross_silo.short_lived  # noqa: F401, before PyTorch
+
+# isort: split
 import importlib.util
 import json
 import os
@@ -33,7 +34,6 @@ KEPT = "entries that stay in the silo"  # who sends what a silo keeps for itself
 BUDGET, SPENT = "budget.json", "PRIVACY_BUDGET_SPENT"
 MLFLOW_NAMES = 50  # of metrics, that Azure ML takes in one run
 torch.set_num_threads(1)  # the number of threads changes the last bits
-atexit.register(gc.freeze)  # a job that ends need not take torch apart: seconds
 
 
 def read_content() -> dict[str, Any]:
