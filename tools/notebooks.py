@@ -170,14 +170,15 @@ def run(paths: list[Path], parameters: dict[str, Any], at_once: int = 1) -> int:
     width, failed, part = max(len(path.stem) for path in paths), 0, None
     print(f"{'notebook':{width}}  seconds  on the card    results")
     with contextlib.ExitStack() as stack:
-        each = map
-        if min(at_once, len(paths)) > 1:
+        each, alone = map, min(at_once, len(paths)) == 1
+        if not alone:
             lines = multiprocessing.SimpleQueue()
             for line in range(at_once):
                 lines.put(line)
             pool = ProcessPoolExecutor(at_once, initializer=take_line, initargs=[lines])
             each = stack.enter_context(pool).map
-        rows = iter(each(partial(run_one, parameters=parameters), paths))
+        one = partial(run_one, parameters=parameters, alone=alone)
+        rows = iter(each(one, paths))
         for path in paths:
             if part != part_of(path):
                 part = part_of(path)
@@ -195,15 +196,20 @@ def take_line(lines: Any) -> None:
     LINE = lines.get()
 
 
-def run_one(path: Path, parameters: dict[str, Any]) -> tuple[str, str, str]:
-    """Execute one notebook into runs/: seconds, time on its card, first results."""
+def run_one(
+    path: Path, parameters: dict[str, Any], alone: bool
+) -> tuple[str, str, str]:
+    """Execute one notebook into runs/: seconds, time on its card, first results.
+
+    alone: the card's time is for a notebook that has the machine to itself.
+    """
     output, minutes = RUNS / path.name, card_minutes(path)
     try:
         seconds = execute(path, output, parameters)
     except papermill.PapermillExecutionError as error:
         where = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
         return "failed", "", f"{where} (see {output})"
-    slower = ", slower" if seconds > 60 * minutes else ""
+    slower = ", slower" if alone and seconds > 60 * minutes else ""
     numbers = headline(read_recorded(output))
     return f"{seconds:.0f}", f"{minutes} min{slower}", numbers
 
