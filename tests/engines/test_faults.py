@@ -307,8 +307,11 @@ class Storm:
             self.rounds = event["round"] + 1
             self.wait -= 1
             self.ends += 1
-            if self.now and not self.mend and self.now.strike and self.ends > 1:
-                self._over()
+            if self.now and self.now.strike and self.ends > 1:
+                if not self.mend:
+                    self._over()
+                elif not self.now.words:  # nothing says that there is something to mend
+                    self._act()
         if not self.now:
             return
         if kind == "attached":

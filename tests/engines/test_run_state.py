@@ -341,6 +341,15 @@ def test_the_time_to_wait_ends_and_says_so(folder):
     assert_same(final, START)
 
 
+def test_whom_it_waits_for_is_said_again_and_again(folder, monkeypatch):
+    monkeypatch.setattr(controller, "REMIND", 0.3)
+    _, found = run_of(Fake(folder, {(0, 0): {"B": "away"}}, wait_for_quorum=2))
+    waiting = [e for e in found if e["event"] == "waiting"]
+    assert 4 <= len(waiting) <= 7 and {(*e["silos"],) for e in waiting} == {("B",)}
+    times = [event["time"] for event in waiting]
+    assert min(b - a for a, b in zip(times, times[1:], strict=False)) > 0.29
+
+
 def test_a_budget_that_is_spent_is_not_waited_for(folder):
     script = {(1, 0): {"B": "PRIVACY_BUDGET_SPENT", "C": "PRIVACY_BUDGET_SPENT"}}
     fake = Fake(folder, script, quorum=2, wait_for_quorum=60)

@@ -12,6 +12,7 @@ import fl_helpers.cross_silo.short_lived  # noqa: F401, before PyTorch
 
 # isort: split
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -41,6 +42,7 @@ from fl_helpers.simulation import Metrics, NoQuorum, Params
 
 START_UP = 60  # seconds that the silos' workers may need before the first task
 AGAIN = "start the same run again when more silos are there, it goes on from here"
+REMIND = 50  # seconds after which it says again for whom a run waits
 PAUSE = 10  # seconds before a silo that refused is asked the same again
 SELDOM = 1.0  # seconds after which a silo without work asks again, at last
 
@@ -215,13 +217,14 @@ class RoundController(Controller):
 
     def _wait(self, index: int, answers: Answers, why: str, end: float) -> list[str]:
         """Wait for silos to come back; the sites that are to be asked again."""
-        begun, silos = time.monotonic(), self.job.silos
+        begun, silos, said = time.monotonic(), self.job.silos, -math.inf
         known = () if self.asks_all_again else answers.silos
-        awaited = sorted({*silos.values()} - {*answers.silos} - self.there.ended)
-        if begun < end:
-            about = {"round": index, "silos": awaited, "seconds": round(end - begun)}
-            self.record.event("waiting", **about, reason=why)
-        while time.monotonic() < end and not self.abort.triggered:
+        while (now := time.monotonic()) < end and not self.abort.triggered:
+            if now - said > REMIND:
+                awaited = {*silos.values()} - {*answers.silos} - self.there.ended
+                about = {"silos": sorted(awaited), "seconds": round(end - now)}
+                self.record.event("waiting", round=index, **about, reason=why)
+                said = now
             time.sleep(0.1)
             self._say_who_is_back(index)
             sites = [s for s in self.there.present() if silos[s] not in known]

@@ -106,7 +106,7 @@ class Watch:
     away: silos that are missing, as its events say. waiting: whether the run waits for
     them. left_out: silos that the job could not be given to, and why. looked: when
     those that are away were last looked for. rejoined: when a silo last made the run
-    start anew.
+    start anew. held: those that were told of as back, and must wait for that.
     """
 
     run: Run
@@ -122,6 +122,7 @@ class Watch:
     left_out: dict[str, str] = field(default_factory=dict)
     looked: float = -math.inf
     rejoined: dict[str, float] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
 
     @property
     def log(self) -> Path:
@@ -204,6 +205,7 @@ class Watch:
             yield from self.line.silence()
             self.pause(1)
         self.job, self.away, self.waiting, self.left_out = job, set(), False, {}
+        self.held = []
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
         text = json.dumps({"job": job, "seen": self.seen})
@@ -280,13 +282,14 @@ class Watch:
         now = time.monotonic()
         if now - self.looked < LOOK:  # not at every turn
             return
-        self.looked = now
-        sites = {
-            site_name(silo): silo
-            for silo in self.away
-            if now - self.rejoined.get(silo, -math.inf) >= REJOIN
-        }
-        back = sorted(sites[site] for site in self.line.idle(self.job, sites))
+        self.looked, sites = now, {site_name(silo): silo for silo in self.away}
+        found = sorted(sites[site] for site in self.line.idle(self.job, sites))
+        after = {k: REJOIN + self.rejoined.get(k, -math.inf) - now for k in found}
+        back = [silo for silo in found if after[silo] <= 0]
+        if found and not back and found != self.held:
+            self.held, seconds = found, round(min(after.values()))
+            reason = "they are back; for their sake the run started anew just before"
+            yield _event("waiting", silos=found, seconds=seconds, reason=reason)
         if not back:
             return
         self.rejoined |= dict.fromkeys(back, now)
