@@ -73,7 +73,7 @@ def counted(reports: list) -> dict[str, int]:
 
 def grown(seconds: dict[str, float], before: dict[str, float]) -> list[str]:
     """The groups whose share of the time grew by half; a sentence for each."""
-    told, total, was = [], sum(seconds.values()), sum(before.values())
+    told, total, was = [], sum(seconds.values()) or 1.0, sum(before.values())
     for name, now in seconds.items():
         share, old = now / total, before.get(name, 0.0) / was
         if share > GROWN * old and share > old + LEAST:

@@ -41,6 +41,7 @@ def test_a_group_that_grew_by_half_is_named():
     before = {"notebooks": 400.0, "browser": 40.0, "helpers": 560.0}
     same = {name: 3 * seconds for name, seconds in before.items()}
     assert groups.grown(same, before) == []  # a slower machine
+    assert groups.grown(dict.fromkeys(before, 0.0), before) == []  # --collect-only
     # Notebooks 800 of 1,400 s are 57 %, more than 1.5 times 40 %? no: 1.43 times.
     assert groups.grown(before | {"notebooks": 800.0}, before) == []
     # 1,000 of 1,600 s are 62 %, 1.56 times as much.
