@@ -289,10 +289,14 @@ def test_the_worker_is_guarded_too(monkeypatch):
     threads = torch.get_num_threads()
     trainer, core = executor.SiteExecutor(), Core("B.job")
     torch.set_num_threads(threads)
+    link = SimpleNamespace(timeout=300.0)  # seconds: the engine's own
     engine = SimpleNamespace(get_cell=lambda: SimpleNamespace(core_cell=core))
-    context = SimpleNamespace(get_engine=lambda: engine)
+    engine.client = SimpleNamespace(communicator=link)
+    told = {FLContextKey.RUNNER: SimpleNamespace(get_task_timeout=20.0)}
+    context = SimpleNamespace(get_engine=lambda: engine, get_prop=told.get)
     for event in (EventType.START_RUN, EventType.START_RUN):  # installed once
         trainer.handle_event(event, context)
+    assert link.timeout == 20
     ((_, _, check),) = core.filters
     assert check(message("server", "server.job", "B.job")) is None
     assert check(message("A", "A.job", "B.job")) is not None
@@ -550,6 +554,15 @@ def test_who_waits_asks_after_a_tenth_of_the_time_that_it_waits():
         rounds.started = time.monotonic() - ago if ago else 0.0
         rounds.handle_event(EventType.BEFORE_PROCESS_TASK_REQUEST, context)
         assert engine.task_request_interval == pytest.approx(after, abs=0.01)
+
+
+@pytest.mark.parametrize("size, seconds", [(1000, 20), (10**6, 120)])
+def test_a_small_model_is_sooner_asked_for_again(tmp_path, size, seconds):
+    """When a reply was lost on its way."""
+    run = Run("x", {"w": torch.zeros(size // 4)}, rounds=1, seed=1)
+    folder = job.write_job(run, tmp_path, ["Hospital A"]) / "site" / job.CONFIG
+    told = json.loads((folder / "config_fed_client.json").read_text())
+    assert told["submit_task_result_timeout"] == told["get_task_timeout"] == seconds
 
 
 @pytest.mark.parametrize("name", ["executor", "controller", "trainer"])

@@ -61,6 +61,10 @@ class TaskExecutor(Executor):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         self.guard.handle_event(event_type, fl_ctx)
+        if event_type == EventType.START_RUN:
+            # The engine itself waits five minutes for a reply, whatever a job says.
+            told = fl_ctx.get_prop(FLContextKey.RUNNER).get_task_timeout
+            fl_ctx.get_engine().client.communicator.timeout = told
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, signal: Signal

@@ -38,7 +38,8 @@ from fl_helpers.simulation import Params
 SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
 CUT = 120  # seconds without progress before a transfer begins anew, see `site.LINE`;
-# so long does a silo wait, too, for a short reply that was lost on its way
+# so long does a silo wait, too, for a reply that was lost on its way; what is SMALL
+SHORT_CUT, SMALL = 20, 10**6  # bytes, is sooner sent again than waited for
 SOON = 0.1  # seconds after which a silo without work asks again, at first
 DAY = 86_400  # seconds; a silo that is away is for deadline and quorum to judge
 MAY_CHANGE = (  # of a run that is resumed
@@ -112,7 +113,9 @@ def write_job(run: Run, jobs: Path, silos: Collection[str]) -> Path:
     sites = {site_name(silo): silo for silo in silos}
     content = {"run": to_plain(run), "silos": sites, "initial": digest}
     _write(app / RUN, {"id": run_id(app / RUN, content), **content})
-    folder = write_parts(app, quorum, CONTROLLERS[run.secure], CLASSES[0], TASKS)
+    size = sum(run.params[name].nbytes for name in run.shared)
+    parts = CONTROLLERS[run.secure], CLASSES[0], TASKS, size
+    folder = write_parts(app, quorum, *parts)
     return _without_model(folder, run, sites)
 
 
@@ -131,9 +134,17 @@ def _without_model(folder: Path, run: Run, sites: Iterable[str]) -> Path:
 
 
 def write_parts(
-    app: Path, quorum: int, controller: str, executor: str, tasks: Collection[str]
+    app: Path,
+    quorum: int,
+    controller: str,
+    executor: str,
+    tasks: Collection[str],
+    size: int = 0,
 ) -> Path:
-    """What the engine is told of a job: the classes and tasks; returns its folder."""
+    """What the engine is told of a job: the classes and tasks; returns its folder.
+
+    size: bytes of the model that travels.
+    """
     folder = app.parents[1]
     about = {"name": folder.name, "resource_spec": {}, "min_clients": quorum}
     _write(folder / "meta.json", about | {"deploy_map": {"app": ["@ALL"]}})
@@ -146,7 +157,8 @@ def write_parts(
     _write(app / "config_fed_server.json", server)
     work = [{"tasks": [*tasks], "executor": {"path": executor, "args": {}}}]
     client = base | {"executors": work}
-    client |= {"get_task_timeout": CUT, "submit_task_result_timeout": CUT}
+    cut = SHORT_CUT if size < SMALL else CUT
+    client |= {"get_task_timeout": cut, "submit_task_result_timeout": cut}
     _write(app / "config_fed_client.json", client)
     return folder
 
