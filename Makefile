@@ -71,10 +71,12 @@ setup-dev: .venv/.ready-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.venv-peers/.ready: requirements.txt requirements-dev.txt tests/benchmarks/peers/requirements.txt
+# What the others need beside PyTorch and ours; the engines' packages do not go with theirs.
+.venv-peers/.ready: requirements.txt tests/benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
+	sed '/^# -- privacy/,$$d' requirements.txt > .venv-peers/learn.txt
 	.venv-peers/bin/python -m pip install --disable-pip-version-check \
-	  -r requirements-dev.txt -r tests/benchmarks/peers/requirements.txt
+	  -r .venv-peers/learn.txt -r tests/benchmarks/peers/requirements.txt
 	.venv-peers/bin/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -288,17 +288,27 @@ def test_hospitals_that_come_back_take_part_in_the_same_run_again(folder):
     assert {*server.aborted} == {"job0"} and kinds(found)[-1] == "done"
 
 
-def test_a_hospital_that_comes_back_twice_in_a_short_time_is_told_of_and_waits(folder):
-    """Once in five minutes the run starts anew for it; nobody has to wonder why not."""
-    again = [waits, *[nothing] * 3, back, *[nothing] * 3]
-    server = Server(folder, nothing, *again, *again, *[nothing] * 6, done)
+def played(server):
+    server.say(*ROUND)
+
+
+@pytest.mark.parametrize(
+    "away, then, pause", [(missing, played, 300), (waits, nothing, 30)]
+)
+def test_a_hospital_that_comes_back_twice_in_a_short_time_is_told_of(
+    folder, away, then, pause
+):
+    """The run starts anew for it once in five minutes while the others go on, and once
+    in half a minute while they wait for it; nobody has to wonder why not at once."""
+    again = [away, nothing, back, *[then] * 3]
+    server = Server(folder, nothing, *again, *again, done)
     found = list(play(server, new_run(wait_for_quorum=600)))
     held = [e for e in found if "are back" in e.get("reason", "")]
-    assert [e["event"] for e in held] == ["waiting"] and 200 < held[0]["seconds"] < 300
-    assert held[0]["silos"] == ["Hospital B"] and {*server.aborted} == {"job0"}
-    server = Server(
-        folder.parent / "y", nothing, *again, *again, *[nothing] * 200, done
-    )
+    assert [e["event"] for e in held] == ["waiting"] and {*server.aborted} == {"job0"}
+    assert pause - 20 < held[0]["seconds"] <= pause
+    assert held[0]["silos"] == ["Hospital B"]
+    longer = [*[then] * (pause // 2), done]  # two seconds each
+    server = Server(folder.parent / "y", nothing, *again, *again, *longer)
     found = list(play(server, new_run(wait_for_quorum=600, name="y")))
     assert {*server.aborted} == {"job0", "job1"} and kinds(found).count("restart") == 2
 

@@ -27,7 +27,8 @@ from fl_helpers.simulation import Params
 __all__ = ["Patience", "RunError", "new_events", "play", "result", "spans"]
 LAST = ("done", "failed", "no_quorum")
 LOOK = 2  # seconds between two questions to the server
-REJOIN = 300  # seconds before a silo that came back may make the run start anew again
+# Seconds before a silo that came back may make the run start anew again: while others
+REJOIN, WAITED_FOR = 300, 30  # go on, and while they wait for it
 
 
 def play(
@@ -284,7 +285,8 @@ class Watch:
             return
         self.looked, sites = now, {site_name(silo): silo for silo in self.away}
         found = sorted(sites[site] for site in self.line.idle(self.job, sites))
-        after = {k: REJOIN + self.rejoined.get(k, -math.inf) - now for k in found}
+        pause = WAITED_FOR if self.waiting else REJOIN
+        after = {k: pause + self.rejoined.get(k, -math.inf) - now for k in found}
         back = [silo for silo in found if after[silo] <= 0]
         if found and not back and found != self.held:
             self.held, seconds = found, round(min(after.values()))
