@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from fl_helpers.cross_silo.federation import read_federation
 from fl_helpers.cross_silo.on_premises import provision, site
@@ -17,7 +20,7 @@ from fl_helpers.cross_silo.on_premises.fleet import MARK, Fleet
 from fl_helpers.cross_silo.on_premises.runs import RunError
 from fl_helpers.cross_silo.run import Run
 
-from .conftest import LIMITS, METRICS, wait_until
+from .conftest import LIMITS, METRICS, wait_until, write_trial
 
 pytestmark = pytest.mark.engines
 ROOT = Path(__file__).parents[2]
@@ -116,3 +119,41 @@ def test_the_memory_of_parents_hardly_grows_over_fifty_jobs(
         print(who, [round(size) for size in found[::7]])
     grown = {who: found[-1] - found[9] for who, found in sizes.items()}
     assert max(grown.values()) < 20, grown  # in forty jobs; the first ten fill caches
+
+
+KINDS = ["server_train", "runner_process", "client_train", "worker_process", "trainer"]
+
+
+@pytest.mark.skipif(not os.environ.get("FULL"), reason="set FULL=1: takes minutes")
+def test_what_a_round_of_eight_hospitals_holds_in_memory(params, tmp_path):
+    """In models of 45 MB, beside what the same processes hold with one of 2 kB."""
+    silos_yaml = write_trial(tmp_path, {f"Hospital {k}": 24 for k in "ABCDEFGH"})
+    ballast = {"ballast": torch.rand(45 * 10**6 // 4)}
+    models = {"small": params, "large": params | ballast}
+    peaks = {}
+
+    def watch(model, over):
+        while not over.wait(0.05):
+            for process in fleet.own_processes():
+                with contextlib.suppress(psutil.Error, OSError, StopIteration):
+                    line = " ".join(process.cmdline())
+                    kind = next(kind for kind in KINDS if kind in line)
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    size = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1000
+                    peaks[model, kind] = max(size, peaks.get((model, kind), 0.0))
+
+    with Fleet(silos_yaml, tmp_path / "fleet", ready=240) as fleet:
+        for model, start in models.items():
+            fleet.allow(start, metrics=METRICS)
+            over = threading.Event()
+            watcher = threading.Thread(target=watch, args=(model, over))
+            watcher.start()
+            run = Run(model, start, rounds=2, seed=1, limits=LIMITS)
+            assert list(fleet.run(run, timeout=400))[-1]["event"] == "done"
+            over.set()
+            watcher.join()
+    held = {kind: (peaks["large", kind] - peaks["small", kind]) / 45 for kind in KINDS}
+    print({kind: round(models, 1) for kind, models in held.items()})
+    assert held["runner_process"] < 18 and held["server_train"] < 3
+    assert held["worker_process"] < 9 and held["trainer"] < 6
+    assert held["client_train"] < 1

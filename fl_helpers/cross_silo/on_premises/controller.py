@@ -321,8 +321,10 @@ class RoundController(Controller):
         """What came, checked. stays: its files are needed once more."""
         folder, read = self.record.inbox(index, silo), False
         try:
+            unpack(message, folder, exchange.UPDATE)
+            del message[exchange.UPDATE]  # it is on the disk
             update = exchange.read_update(
-                unpack(message, folder, exchange.UPDATE),
+                folder,
                 expected,
                 silo=silo,
                 round_index=index,
