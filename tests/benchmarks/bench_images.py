@@ -6,7 +6,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import common
 import numpy as np
 import torch
 from common import (
@@ -30,16 +29,6 @@ from fl_helpers.silos import Silo, make_silos, partition_by_site
 from fl_helpers.simulation import Execution, Terms, run_rounds, state_bytes
 from fl_helpers.training import Step, frozen_entries, sgd_client, train_locally
 
-# As in common.py; here until `make bench-full` has measured them for the page.
-common.BOUNDS |= {
-    "train_locally of a Dataset / DataLoader loop, CPU": (1.05, 1.05),
-    "train_locally of a Dataset / DataLoader loop, clock": (1.05, 1.05),
-    "channels_last / plain, CNN of 215,370 parameters, CPU": (0.9, 0.9),
-    "index of PNG files / opening each with Pillow, CPU": (2.0, 2.3),
-    # 0.1 GB for 2.1 GB of images, beside what the process holds without them.
-    "memory of a run over a folder / its decoded images": (0.05, 0.05),
-    "bytes of a round, head only / whole ResNet-18": (0.001, 0.001),
-}
 BATCH, LR, PLAIN = 32, 0.05, Step()
 
 

@@ -46,7 +46,7 @@ def first_training():
     times = compare(*(partial(run, code) for code in both), pairs=3)
     case = "first step of a process"
     rows = [row(f"{case} / torch.optim.SGD, CPU", times.cpu, times=times)]
-    if sys.platform == "linux":  # there, in kB
+    if FULL and sys.platform == "linux":  # there, in kB
         for who, code in zip(("torch.optim.SGD", "ours"), both, strict=True):
             peak = int(run(code)) * 1024 / 1e6
             rows.append(row(f"{case}, memory, {who}", peak, unit="MB"))
