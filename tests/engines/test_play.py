@@ -313,6 +313,13 @@ def test_a_hospital_that_comes_back_twice_in_a_short_time_is_told_of(
     assert {*server.aborted} == {"job0", "job1"} and kinds(found).count("restart") == 2
 
 
+def test_to_come_back_again_and_again_does_not_end_a_run_that_waits(folder):
+    again = [waits, nothing, back, *[nothing] * 16]  # longer than the half minute
+    server = Server(folder, nothing, *again * 4, done)
+    found = list(play(server, new_run(wait_for_quorum=600)))
+    assert kinds(found).count("restart") == 4 and kinds(found)[-1] == "done"
+
+
 def test_a_round_that_has_its_quorum_is_not_broken_off(folder):
     steps = [nothing, missing, back, *[nothing] * 5, lambda s: s.say(*ROUND)]
     server = Server(folder, *steps, *[nothing] * 5, done)

@@ -98,6 +98,10 @@ class GivenUp(Exception):
     job that it can no more be played in."""
 
 
+class CameBack(GivenUp):
+    """Silos are there again, and can take part in another job only."""
+
+
 @dataclass
 class Watch:
     """One run, as it is seen from the coordinator's side.
@@ -151,13 +155,14 @@ class Watch:
                     yield event
                 return
             except GivenUp as error:
-                if not left:
+                counts = not isinstance(error, CameBack)
+                if counts and not left:
                     raise RunError(
                         f"run {self.run.name!r} ended {restarts + 1} times without a "
                         f"round between, as {error}; the server's log says which silo "
                         "reported a failure"
                     ) from None
-                left, self.job = left - 1, ""
+                left, self.job = left - counts, ""
                 yield _event("restart", reason=str(error))
 
     def attach(self) -> Iterator[dict[str, Any]]:
@@ -301,7 +306,7 @@ class Watch:
             yield from self.line.silence()
             self.pause(0.5)
         yield from self._new_events()
-        raise GivenUp(f"{back} came back and take part again")
+        raise CameBack(f"{back} came back and take part again")
 
 
 def _event(kind: str, **content: Any) -> dict[str, Any]:
