@@ -123,20 +123,25 @@ def plot_matrix(
     column_label: str,
     value_label: str,
     diverging: bool = False,
+    full: bool = False,
 ) -> Figure:
     """Draw a heat map of percentages [R, C] with the number in each cell.
 
     diverging: the values are differences; white is 0, both directions have a colour.
-    NaN leaves a cell empty.
+    full: colours go from 0 to 100 %, so that figures can be compared by them; else from
+    the smallest value to the largest. NaN leaves a cell empty.
     """
     row_height = 0.52 if len(rows) <= 8 else 0.34
     fig, axis = plt.subplots(
         figsize=(2.6 + 0.95 * len(columns), 1.4 + row_height * len(rows))
     )
     largest = np.nanmax(np.abs(percent))
-    look = dict(cmap="PuOr", vmin=-largest, vmax=largest) if diverging else {}
-    image = axis.imshow(percent, **{"cmap": "cividis", "aspect": "auto"} | look)
-    middle = (np.nanmin(percent) + np.nanmax(percent)) / 2
+    least, most = (0, 100) if full else (np.nanmin(percent), np.nanmax(percent))
+    look = dict(cmap="cividis", vmin=least, vmax=most)
+    if diverging:
+        look = dict(cmap="PuOr", vmin=-largest, vmax=largest)
+    image = axis.imshow(percent, aspect="auto", **look)
+    middle = (least + most) / 2
     for (i, j), value in np.ndenumerate(percent):
         if np.isnan(value):
             continue

@@ -193,6 +193,9 @@ def test_matrix_writes_each_number():
         "60.5",
         "80.0",
     ]
+    for full, limits in {False: (50, 90), True: (0, 100)}.items():
+        figure = plots.plot_matrix(np.array([[90.0, 50.0]]), **names, full=full)
+        assert figure.axes[0].images[0].get_clim() == limits
 
 
 def test_curves_and_comparison_draw_what_they_are_given():
