@@ -4,6 +4,7 @@ BIN := .venv/bin
 NB ?=
 PART ?=
 ARGS ?=
+LEARN := sed '/^\# -- privacy/,$$d' requirements.txt  # what notebooks 01 to 05 need
 
 .PHONY: run lab test quick test-browser notebooks timings docs bench bench-full bench-peers setup setup-learn setup-dev format clean
 
@@ -60,9 +61,8 @@ setup-dev: .venv/.ready-dev
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# What notebooks 01 to 05 need: requirements.txt up to its section on privacy.
 .venv/.ready-learn: requirements.txt pyproject.toml | .venv/bin/python
-	sed '/^# -- privacy/,$$d' requirements.txt > .venv/learn.txt
+	$(LEARN) > .venv/learn.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r .venv/learn.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
@@ -74,7 +74,7 @@ setup-dev: .venv/.ready-dev
 # What the others need beside PyTorch and ours; the engines' packages do not go with theirs.
 .venv-peers/.ready: requirements.txt tests/benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
-	sed '/^# -- privacy/,$$d' requirements.txt > .venv-peers/learn.txt
+	$(LEARN) > .venv-peers/learn.txt
 	.venv-peers/bin/python -m pip install --disable-pip-version-check \
 	  -r .venv-peers/learn.txt -r tests/benchmarks/peers/requirements.txt
 	.venv-peers/bin/python -m pip install --disable-pip-version-check --no-deps -e .

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -169,16 +169,10 @@ def run(paths: list[Path], parameters: dict[str, Any], at_once: int = 1) -> int:
     """Execute into runs/, with a row for each in order, also when it failed."""
     width, failed, part = max(len(path.stem) for path in paths), 0, None
     print(f"{'notebook':{width}}  seconds  on the card    results")
-    with contextlib.ExitStack() as stack:
-        each, alone = map, min(at_once, len(paths)) == 1
-        if not alone:
-            lines = multiprocessing.SimpleQueue()
-            for line in range(at_once):
-                lines.put(line)
-            pool = ProcessPoolExecutor(at_once, initializer=take_line, initargs=[lines])
-            each = stack.enter_context(pool).map
-        one = partial(run_one, parameters=parameters, alone=alone)
-        rows = iter(each(one, paths))
+    at_once = min(at_once, len(paths))
+    with mapping(at_once) as each:
+        one = partial(run_one, parameters=parameters, alone=at_once == 1)
+        rows = each(one, paths)
         for path in paths:
             if part != part_of(path):
                 part = part_of(path)
@@ -188,6 +182,19 @@ def run(paths: list[Path], parameters: dict[str, Any], at_once: int = 1) -> int:
             print(f"{path.stem:{width}}  {seconds:>7}  {card_time:13}  {numbers}")
             sys.stdout.flush()
     return int(failed > 0)
+
+
+@contextlib.contextmanager
+def mapping(at_once: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map`, or one that uses so many processes, each with a line for its bars."""
+    if at_once == 1:
+        yield map
+        return
+    lines = multiprocessing.SimpleQueue()
+    for line in range(at_once):
+        lines.put(line)
+    with ProcessPoolExecutor(at_once, initializer=take_line, initargs=[lines]) as pool:
+        yield pool.map
 
 
 def take_line(lines: Any) -> None:

@@ -1,8 +1,8 @@
 """For a process of a run, which imports PyTorch, works for seconds and ends.
 
 Imported before PyTorch, for its effect. What an import makes, stays: to look at it
-again and again for something to free, and to take it apart at the end, would be a fifth
-of the seconds that such a process costs beside its work.
+again and again for something to free, and to take it apart at the end, takes tenths of
+a second each.
 """
 
 import atexit

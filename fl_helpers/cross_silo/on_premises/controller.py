@@ -83,8 +83,8 @@ class RoundController(Controller):
         """Who waits for the others asks for work again after a tenth of that time: each
         question costs the server, and twenty silos ask all at once."""
         waited = time.monotonic() - self.started if self.started else 0.0
-        engine = fl_ctx.get_prop(FLContextKey.RUNNER).config
-        engine.task_request_interval = min(max(SOON, waited / 10), SELDOM)
+        config = fl_ctx.get_prop(FLContextKey.RUNNER).config
+        config.task_request_interval = min(max(SOON, waited / 10), SELDOM)
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         # Seconds; NVFlare 2.9.0 does not pass on the constructor's task_check_period.

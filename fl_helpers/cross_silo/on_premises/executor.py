@@ -140,7 +140,9 @@ class SiteExecutor(TaskExecutor):
                 ledger=exchange.Ledger(kit / "ledger.jsonl"),
             )
         start = {name: params[name] for name in job.run.shared}
-        asked = hashlib.sha256(message.pop(exchange.MODEL)).hexdigest()
+        model = message.pop(exchange.MODEL)  # while it trains, nothing holds the bytes
+        asked = hashlib.sha256(model).hexdigest()
+        del model
         place = kept / "answer" / f"{task}_{index:06d}_{asked}"
         _forget_answers(kit, but=place)
         if task == "evaluate" or job.run.secure:  # secure sums remember by themselves

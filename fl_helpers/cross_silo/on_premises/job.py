@@ -37,9 +37,11 @@ from fl_helpers.simulation import Params
 
 SILO = SHAPES["silos[].name"]
 TASKS = ["train", "evaluate", "keys", "examples", "open"]  # the last of secure runs
-CUT = 120  # seconds without progress before a transfer begins anew, see `site.LINE`;
-# so long does a silo wait, too, for a reply that was lost on its way; what is SMALL
-SHORT_CUT, SMALL = 20, 10**6  # bytes, is sooner sent again than waited for
+# Seconds without progress before a transfer begins anew, see `site.LINE`. So long does
+# a silo wait, too, for a reply that was lost on its way.
+CUT = 120
+SHORT_CUT = 20  # for a model below SMALL, which is sooner sent again than waited for
+SMALL = 10**6  # bytes
 SOON = 0.1  # seconds after which a silo without work asks again, at first
 DAY = 86_400  # seconds; a silo that is away is for deadline and quorum to judge
 MAY_CHANGE = (  # of a run that is resumed

@@ -27,8 +27,9 @@ from fl_helpers.simulation import Params
 __all__ = ["Patience", "RunError", "new_events", "play", "result", "spans"]
 LAST = ("done", "failed", "no_quorum")
 LOOK = 2  # seconds between two questions to the server
-# Seconds before a silo that came back may make the run start anew again: while others
-REJOIN, WAITED_FOR = 300, 30  # go on, and while they wait for it
+# Seconds before a silo that came back may make the run start anew once more:
+REJOIN = 300  # while the others go on without it
+WAITED_FOR = 30  # while the round waits for it
 
 
 def play(
@@ -288,13 +289,15 @@ class Watch:
         now = time.monotonic()
         if now - self.looked < LOOK:  # not at every turn
             return
-        self.looked, sites = now, {site_name(silo): silo for silo in self.away}
+        self.looked = now
+        sites = {site_name(silo): silo for silo in self.away}
         found = sorted(sites[site] for site in self.line.idle(self.job, sites))
         pause = WAITED_FOR if self.waiting else REJOIN
         after = {k: pause + self.rejoined.get(k, -math.inf) - now for k in found}
         back = [silo for silo in found if after[silo] <= 0]
         if found and not back and found != self.held:
-            self.held, seconds = found, round(min(after.values()))
+            self.held = found
+            seconds = round(min(after.values()))
             reason = "they are back; for their sake the run started anew just before"
             yield _event("waiting", silos=found, seconds=seconds, reason=reason)
         if not back:
