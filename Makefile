@@ -4,6 +4,9 @@ BIN := .venv/bin
 NB ?=
 PART ?=
 ARGS ?=
+PIP := -m pip install --disable-pip-version-check --no-compile
+# One process for each core, where pip has one. Templates in some packages are no Python.
+COMPILE := -m compileall -qq -j 0
 LEARN := sed '/^\# -- privacy/,$$d' requirements.txt  # what notebooks 01 to 05 need
 
 .PHONY: run lab test quick test-browser notebooks timings docs bench bench-full bench-peers setup setup-learn setup-dev format clean
@@ -57,27 +60,31 @@ setup-dev: .venv/.ready-dev
 	$(PYTHON) -m venv .venv
 
 .venv/.ready: requirements.txt pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	$(BIN)/python $(PIP) -r requirements.txt
+	$(BIN)/python $(PIP) --no-deps -e .
+	$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch $@
 
 .venv/.ready-learn: requirements.txt pyproject.toml | .venv/bin/python
 	$(LEARN) > .venv/learn.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -r .venv/learn.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	$(BIN)/python $(PIP) -r .venv/learn.txt
+	$(BIN)/python $(PIP) --no-deps -e .
+	$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch $@
 
 .venv/.ready-dev: requirements-dev.txt .venv/.ready
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python $(PIP) -r requirements-dev.txt
+	$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch $@
 
 # What the others need beside PyTorch and ours; the engines' packages do not go with theirs.
 .venv-peers/.ready: requirements.txt tests/benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
 	$(LEARN) > .venv-peers/learn.txt
-	.venv-peers/bin/python -m pip install --disable-pip-version-check \
+	.venv-peers/bin/python $(PIP) \
 	  -r .venv-peers/learn.txt -r tests/benchmarks/peers/requirements.txt
-	.venv-peers/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	.venv-peers/bin/python $(PIP) --no-deps -e .
+	.venv-peers/bin/python $(COMPILE) .venv-peers/lib || true
 	@touch $@
 
 format: setup-dev
