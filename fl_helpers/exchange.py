@@ -250,7 +250,7 @@ def write_update(
     with _gate(ledger, "out", update.silo, round_index, UPDATE) as passed:
         _check_numbers(update, update.silo, round_index, limits)
         _check_params(update.params, expected, _norm_limit(limits))
-        parts = _to_parts(update.params)
+        parts = to_parts(update.params)
         _check_size(UPDATE, sum(map(len, parts)), _max_bytes(expected, limits))
         passed.append((update.params, ["num_examples", *update.metrics]))
     metrics = {name: float(value) for name, value in update.metrics.items()}
@@ -320,7 +320,7 @@ def write_model(
         _check_params(params, params, None)
         passed.append((params, []))
     head = {"silo": silo, "round": round_index}
-    return _write(Path(folder), MODEL, _to_parts(params), head)
+    return _write(Path(folder), MODEL, to_parts(params), head)
 
 
 def read_model(
@@ -344,6 +344,25 @@ def read_model(
         _check_params(params, expected, None)
         passed.append((params, []))
     return params
+
+
+def to_parts(params: Mapping[str, Tensor]) -> list[Any]:
+    """A safetensors file in parts: the header's length, the header, each entry's bytes.
+
+    params: tensors on the CPU. Nothing is copied, unlike in `safetensors.torch.save`,
+    and memory may be shared: use the parts before an entry changes. Raises ValueError
+    for a dtype that may not cross.
+    """
+    names = sorted(params, key=lambda k: (-params[k].element_size(), k))  # aligned
+    header, end = {}, 0
+    for name in names:
+        shape, start, end = list(params[name].shape), end, end + params[name].nbytes
+        header[name] = dict(dtype=_dtype(name, params[name]), shape=shape)
+        header[name]["data_offsets"] = [start, end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    size = len(text).to_bytes(8, "little")
+    return [size, text, *(_as_bytes(params[name]) for name in names)]
 
 
 @contextmanager
@@ -468,9 +487,18 @@ def _check_layout(name: str, value: Any, expected: Tensor) -> None:
         raise ValueError(
             f"{name!r} is {found}, expected {want}; all silos must train the same model"
         )
+    _dtype(name, value)
+
+
+def _dtype(name: str, value: Tensor) -> str:
+    """As safetensors names it."""
     if value.dtype not in _DTYPES:
-        allowed = sorted(_DTYPES.values())
-        raise ValueError(f"{name!r} is {found}; the dtypes that may cross: {allowed}")
+        found = f"{value.dtype} {list(value.shape)}"
+        raise ValueError(
+            f"{name!r} is {found}; the dtypes that may cross: "
+            f"{sorted(_DTYPES.values())}"
+        )
+    return _DTYPES[value.dtype]
 
 
 def _check_values(name: str, value: Tensor) -> None:
@@ -677,23 +705,6 @@ def _sha256(parts: Iterable[Any]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _to_parts(params: Mapping[str, Tensor]) -> list[Any]:
-    """A safetensors file in parts: the header's length, the header, each entry's bytes.
-
-    Nothing is copied, unlike in `safetensors.torch.save`, and memory may be shared.
-    """
-    names = sorted(params, key=lambda k: (-params[k].element_size(), k))  # aligned
-    header, end = {}, 0
-    for name in names:
-        shape, start, end = list(params[name].shape), end, end + params[name].nbytes
-        header[name] = dict(dtype=_DTYPES[params[name].dtype], shape=shape)
-        header[name]["data_offsets"] = [start, end]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    size = len(text).to_bytes(8, "little")
-    return [size, text, *(_as_bytes(params[name]) for name in names)]
 
 
 def _as_bytes(value: Tensor) -> Any:

@@ -26,9 +26,10 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
+from fl_helpers import exchange
 from fl_helpers.cross_silo import sandbox, turn
 from fl_helpers.cross_silo.on_premises.refusals import (
     CODES,
@@ -234,11 +235,12 @@ def code_of_client(client: str) -> Iterator[Path]:
 
 
 def _write(pipe: IO[bytes], head: Mapping[str, Any], *parts: Params) -> None:
-    bodies = [save(_plain(part)) for part in parts]
-    line = json.dumps({**head, "sizes": [*map(len, bodies)]})
+    """Without a copy of the parts: a model may be large."""
+    bodies = [exchange.to_parts(_plain(part)) for part in parts]
+    line = json.dumps({**head, "sizes": [sum(map(len, body)) for body in bodies]})
     pipe.write(line.encode() + b"\n")
     for body in bodies:
-        pipe.write(body)
+        pipe.writelines(body)
     pipe.flush()
 
 
@@ -251,18 +253,22 @@ def _read(pipe: IO[bytes], most: int) -> tuple[Head, list[Params]]:
     sizes = [int(size) for size in head.pop("sizes")]
     if not all(size >= 0 for size in sizes) or sum(sizes) > most:
         raise ValueError(f"the answer has {sum(sizes)} bytes, the limit is {most}")
-    bodies = [pipe.read(size) for size in sizes]
-    if [*map(len, bodies)] != sizes:
+    return head, [_load(pipe, size) for size in sizes]
+
+
+def _load(pipe: IO[bytes], size: int) -> Params:
+    body = pipe.read(size)
+    if len(body) != size:
         raise EOFError("the other end of the pipe has gone")
-    return head, [load(body) for body in bodies]
+    return load(body)
 
 
 def _plain(params: Mapping[str, Any]) -> Params:
-    """Dense tensors that share no memory, in the order of their names' first use."""
+    """Tensors in this computer's memory; what lies there is not copied."""
     for name, value in params.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name!r} is a {type(value).__name__}; send tensors only")
-    return {k: v.detach().to("cpu").clone().contiguous() for k, v in params.items()}
+    return {name: value.detach().to("cpu") for name, value in params.items()}
 
 
 # ---- the process
