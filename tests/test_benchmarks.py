@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,6 +175,15 @@ def test_other_work_and_missed_goals_are_found(flower, problem, goal):
     rows = peers(**flower)
     assert measure.unlike(rows, workload.WORKLOADS) == problem
     assert measure.missed(rows) == goal
+
+
+def test_the_comparison_finds_its_parts_when_it_is_started_alone():
+    """At its end it writes the results of twenty minutes."""
+    folder = ROOT / "tests/benchmarks/peers"
+    code = f"import sys; sys.path[0] = {str(folder)!r}; import measure, run, workload"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=ROOT.parent, env=environment, check=True)
 
 
 def ends_of(name, tmp_path, monkeypatch):

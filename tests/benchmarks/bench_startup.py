@@ -43,7 +43,8 @@ def run(code):
 def first_training():
     """Rows of one step in a new process, against the same with torch.optim.SGD."""
     both = [f"{DATA}{code}{PEAK}" for code in (BY_HAND, OURS)]
-    times = compare(*(partial(run, code) for code in both), pairs=3)
+    runs = (partial(run, code) for code in both)
+    times = compare(*runs, pairs=3, warm_up=False)
     case = "first step of a process"
     rows = [row(f"{case} / torch.optim.SGD, CPU", times.cpu, times=times)]
     if FULL and sys.platform == "linux":  # there, in kB
@@ -54,7 +55,9 @@ def first_training():
 
 
 def main():
-    run(f"{ALL}{LAZY}")  # an engine is imported by who uses it
+    # An engine is imported by who uses it. What is read from the disk here is in memory
+    # for the runs that are timed: they need no warm-up.
+    run(f"{ALL}{LAZY}")
     rows = []
     files = {"core": f"from fl_helpers import {CORE}"} | ({"all": ALL} if FULL else {})
     for what, code in files.items():
@@ -62,6 +65,7 @@ def main():
             lambda: run("import torch, numpy"),
             lambda code=code: run(f"import torch, numpy\n{code}"),
             pairs=5,
+            warm_up=False,
         )
         ratio = row(f"start-up: torch and {what} files, CPU", times.cpu, times=times)
         extra = [t["candidate"][0] - t["reference"][0] for t in times.runs]

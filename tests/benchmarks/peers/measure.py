@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path += [str(HERE.parent), str(HERE.parents[2] / "tools")]
+from machine import circumstances  # noqa: E402
 
 # {name: (script, what must be installed; the first one's version is shown)}
 PEERS = {
@@ -251,7 +252,6 @@ def main():
                     found = measure(name, workload, seed, Path(folder))
                     runs.setdefault((name, workload), []).append(found)
         # Only now: pages of torch in this process would count half in the runs.
-        from machine import circumstances
         from safetensors.torch import load_file
         from workload import WORKLOADS, test_loss
 
