@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fl_helpers.cross_silo.turn import Client
-from fl_helpers.privacy import Mechanism, train_privately
 from fl_helpers.scaffold import ControlVariates
 from fl_helpers.training import ProximalTerm, Update, evaluate, train_locally
 
@@ -77,10 +76,15 @@ def client(data, settings):
         """A file in the hospital's own folder says what goes wrong in which round."""
         done = update(params, silo, round_index=round_index, rng=rng)
         print(f"trained in round {round_index}", flush=True)  # into its own log
-        path = data / "faults"
-        lines = path.read_text().splitlines() if path.exists() else []
-        plan = dict(line.split(" ", 1) for line in lines)
-        return spoil(plan.get(str(round_index), ""), done)
+
+        def fault():
+            path = data / "faults"
+            lines = path.read_text().splitlines() if path.exists() else []
+            return dict(line.split(" ", 1) for line in lines).get(str(round_index), "")
+
+        while fault() == "held":  # until the file says something else
+            time.sleep(0.05)
+        return spoil(fault(), done)
 
     return Client(load_silo(data), with_faults, test)
 
@@ -88,6 +92,8 @@ def client(data, settings):
 def private(data, settings, place):
     """With DP-SGD, in the hospital's own account. A hospital's folder may say in which
     round its process is killed, when it has drawn noise."""
+    from fl_helpers.privacy import Mechanism, train_privately  # as slow as PyTorch
+
     silo, account = load_silo(data), place.account((data / "name").read_text())
     step = Mechanism(2.0, max_grad_norm=1.0, sample_rate=0.5, steps=2)
 

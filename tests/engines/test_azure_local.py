@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from fl_helpers import exchange, simulation
-from fl_helpers.aggregation import weighted_average
 from fl_helpers.cross_silo import sandbox
 from fl_helpers.cross_silo.azure_ml import plan, run_locally, start
 from fl_helpers.training import ClientFunctions
@@ -37,12 +36,10 @@ def data(silos_yaml):
     return dict(zip(azure_trial.NAMES, folders, strict=True))
 
 
-def simulated(params, silos):
+def simulated(params, silos, rule):
     """What `run_rounds` makes of it in this process."""
     both = ClientFunctions(*hospital.functions({}))
-    return simulation.run_rounds(
-        params, silos[:2], both, weighted_average, rounds=2, seed=0
-    )
+    return simulation.run_rounds(params, silos[:2], both, rule, rounds=2, seed=0)
 
 
 def assert_same(folder, history):
@@ -56,7 +53,8 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
     federation, data, tmp_path, silos, faults
 ):
     params, said = azure_trial.model().state_dict(), []
-    graph = azure_trial.build(federation, params, tmp_path)
+    clipped = {"aggregate": "NormClipping", "options": {"max_norm": 0.5}}
+    graph = azure_trial.build(federation, params, tmp_path, **clipped)
     how = {"data": data, "show": said.append}
 
     faults("Hospital B", {0: "raise"})
@@ -77,7 +75,8 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
     assert skipped(said) == {"initial", "train_0000_hospital_a"}
     assert len(said) == len(graph.jobs) == 10
 
-    history = simulated(params, silos)
+    rule = azure_trial.make_run(params, **clipped).make_rule(params)
+    history = simulated(params, silos, rule)
     assert_same(result.model, history)
     check_metrics(result.metrics, history)
     check_ledger(result.ledger("Hospital A"), params)
@@ -85,7 +84,7 @@ def test_a_run_that_fails_goes_on_and_ends_with_the_bits_of_the_simulation(
 
     said.clear()
     (tmp_path / "done" / "collect.json").unlink()
-    graph = azure_trial.build(federation, params, tmp_path)  # its code written anew
+    graph = azure_trial.build(federation, params, tmp_path, **clipped)  # code anew
     run_locally.run(graph, tmp_path, **how)
     assert skipped(said) == {job.name for job in graph.jobs} - {"collect"}
 

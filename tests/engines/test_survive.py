@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -58,8 +59,13 @@ def stop(fleet, who):
 
 
 def test_the_servers_parent_is_killed(fleet, silos, params):
-    """It is said, and when the server is back the same call goes on."""
-    run, events = new_run("parent", params, rounds=5), []
+    """It is said, and when the server is back the same call goes on, with the moments
+    that FedAdam remembers, and the hospitals' FedProx."""
+    trainable = [name for name, _ in hospital.new_model().named_parameters()]
+    rule = {"aggregate": "FedAdam", "options": {"lr": 0.02}, "trainable": trainable}
+    settings = {"mu": 0.1}
+    run = new_run("parent", params, rounds=5, settings=settings, **rule)
+    events = []
     for event in play(fleet, run, patience=Patience(silence=3)):
         events.append(event)
         if (
@@ -76,12 +82,13 @@ def test_the_servers_parent_is_killed(fleet, silos, params):
     (restart,) = of(events, "restart")
     assert "started anew" in restart["reason"]
     assert of(events, "start")[1]["round"] >= 2  # at most one round is played again
-    assert_same_bits(fleet.result(run), simulate(run, silos).params)
+    expected = simulate(run, silos, settings, run.make_rule(params))
+    assert_same_bits(fleet.result(run), expected.params)
 
 
 def test_the_coordinators_interpreter_is_killed(fleet, silos, faults):
     """The same lines again follow the job that runs, instead of a second one."""
-    faults("Hospital A", {6: "slow 40"})  # so that it still runs when they are run
+    faults("Hospital A", {6: "held"})  # so that it still runs when they are run again
     run, log = lines.new_run(), fleet.kits / "server/runs/again/events.jsonl"
     command = [sys.executable, "-m", "engines.lines", fleet.server.admin]
     command += [str(fleet.kits), str(fleet.folder / "jobs")]
@@ -97,9 +104,16 @@ def test_the_coordinators_interpreter_is_killed(fleet, silos, faults):
         first.communicate()
     rounds = log.read_text().count('"round_end"')
     wait_until(lambda: log.read_text().count('"round_end"') > rounds, 90, "it goes on")
-    done = subprocess.run(command, **how, timeout=LIMIT)
-    assert done.returncode == 0
-    events = [json.loads(s) for s in done.stdout.splitlines() if s.startswith("{")]
+    events = []
+    with subprocess.Popen(command, **how) as second:
+        watch = threading.Timer(LIMIT, second.kill)
+        watch.start()
+        for line in second.stdout:
+            if line.startswith("{"):
+                events.append(json.loads(line))
+                faults("Hospital A", {})
+        watch.cancel()
+    assert second.returncode == 0
     assert events[0]["event"] == "attached" and events[-1]["event"] == "done"
     ends = [e["round"] for e in of(events, "round_end")]
     assert ends == list(range(run.rounds))  # each once, from the first on
