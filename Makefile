@@ -72,10 +72,11 @@ setup-dev: .venv/.ready-dev
 	$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch $@
 
-.venv/.ready-dev: requirements-dev.txt .venv/.ready
+.venv/.ready-dev: requirements.txt requirements-dev.txt pyproject.toml | .venv/bin/python
 	$(BIN)/python $(PIP) -r requirements-dev.txt
+	$(BIN)/python $(PIP) --no-deps -e .
 	$(BIN)/python $(COMPILE) .venv/lib || true
-	@touch $@
+	@touch .venv/.ready $@
 
 # What the others need beside PyTorch and ours; the engines' packages do not go with theirs.
 .venv-peers/.ready: requirements.txt tests/benchmarks/peers/requirements.txt

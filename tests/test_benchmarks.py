@@ -47,6 +47,13 @@ def test_what_has_no_bound_cannot_fail():
     assert common.report("guard", [common.row("not in the table", 1e9)]) == 0
 
 
+@pytest.fixture
+def no_garbage(monkeypatch):
+    """To look for garbage before each run takes long in a process with many modules."""
+    monkeypatch.setattr(common.gc, "collect", lambda: None)
+
+
+@pytest.mark.usefixtures("no_garbage")
 def test_compare_pairs_the_runs_and_alternates_their_order():
     calls = []
     times = common.compare(
@@ -56,6 +63,7 @@ def test_compare_pairs_the_runs_and_alternates_their_order():
     assert len(times.wall) == len(times.cpu) == len(times.runs) == 3
 
 
+@pytest.mark.usefixtures("no_garbage")
 @pytest.mark.parametrize(("full", "pairs"), [(True, 15), (False, 8)])
 def test_a_short_run_takes_half_of_the_pairs(monkeypatch, full, pairs):
     monkeypatch.setattr(common, "FULL", full)

@@ -65,14 +65,17 @@ def bare_loop(model, silos, *, rounds, sampled, batch_size):
         params = mean
 
 
-def overhead(case, model, silos, *, rounds, sampled, batch_size, pairs=5, step=Step()):
-    """CPU time of run_rounds, in bare loops."""
+def overhead(
+    case, model, silos, *, rounds, sampled, batch_size, pairs=5, step=Step(), **how
+):
+    """CPU time of run_rounds, in bare loops. how: for `compare`."""
     run = dict(rounds=rounds, silos_per_round=sampled, workers=1, step=step)
     loop = dict(rounds=rounds, sampled=sampled, batch_size=batch_size)
     times = compare(
         lambda: bare_loop(model, silos, **loop),
         lambda: federate(model, silos, batch_size, **run),
         pairs=pairs,
+        **how,
     )
     return row(case, times.cpu, times=times)
 
@@ -107,7 +110,10 @@ def main():
             "100 silos, 10 sampled, small CNN, CPU", small_cnn(10), silos, **sample
         ),
         overhead("100 silos, 10 sampled, CNN, CPU", big, silos, **sample),
-        overhead("4 silos x 1,000 images, CPU", big, image_silos(4, 1000), **few),
+        overhead(
+            "4 silos x 1,000 images, CPU", big, image_silos(4, 1000),
+            warm_up=False, **few,  # the model has just been trained
+        ),
         overhead(
             "4 silos x 1,000 images, channels_last, CPU", big, image_silos(4, 1000),
             step=Step(channels_last=True), **few,

@@ -58,6 +58,7 @@ class RoundController(Controller):
         super().__init__()
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.lock = threading.Lock()  # answers come in by several threads
+        self.checks = threading.Semaphore(2)  # each holds a model in memory
         self.there = Attendance({})
         self.rounds_done = 0  # and saved
         self.started = 0.0  # when the last task went out
@@ -323,14 +324,15 @@ class RoundController(Controller):
         try:
             unpack(message, folder, exchange.UPDATE)
             del message[exchange.UPDATE]  # it is on the disk
-            update = exchange.read_update(
-                folder,
-                expected,
-                silo=silo,
-                round_index=index,
-                limits=limits,
-                ledger=self.record.ledger,
-            )
+            with self.checks:
+                update = exchange.read_update(
+                    folder,
+                    expected,
+                    silo=silo,
+                    round_index=index,
+                    limits=limits,
+                    ledger=self.record.ledger,
+                )
             read = True
         finally:
             if not (self.record.keeps_updates or (stays and read)):

@@ -247,6 +247,7 @@ def _release(
     with tempfile.TemporaryDirectory() as folder:
         folder = found.kept or folder
         exchange.write_update(folder, update, round_index=index, limits=limits)
+        found.update = found.start = update = None  # on the disk: free the memory
         return pack(folder)
 
 

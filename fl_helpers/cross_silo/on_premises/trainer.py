@@ -286,19 +286,25 @@ def main() -> None:
     except Exception as error:
         _write(pipe, _failure(error))
         return
-    while True:
-        try:
-            head, (params,) = _read(sys.stdin.buffer, sys.maxsize)
-        except EOFError:
-            return
-        in_order = {name: params[name] for name in trainee.run.params}
-        try:
-            update, own = trainee.turn(head["task"], in_order, head["round"])
-            answer = {"silo": update.silo, "num_examples": _number(update.num_examples)}
-            answer |= {"metrics": {k: _number(v) for k, v in update.metrics.items()}}
-            _write(pipe, answer, update.params, own)
-        except Exception as error:
-            _write(pipe, _failure(error))
+    while _answer(trainee, pipe):
+        pass
+
+
+def _answer(trainee: Trainee, pipe: IO[bytes]) -> bool:
+    """One task; False at the end. Nothing of it is held while the next comes in."""
+    try:
+        head, (params,) = _read(sys.stdin.buffer, sys.maxsize)
+    except EOFError:
+        return False
+    params = {name: params[name] for name in trainee.run.params}  # in the run's order
+    try:
+        update, own = trainee.turn(head["task"], params, head["round"])
+        answer = {"silo": update.silo, "num_examples": _number(update.num_examples)}
+        answer |= {"metrics": {k: _number(v) for k, v in update.metrics.items()}}
+        _write(pipe, answer, update.params, own)
+    except Exception as error:
+        _write(pipe, _failure(error))
+    return True
 
 
 def _failure(error: Exception) -> Head:
