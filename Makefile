@@ -72,11 +72,11 @@ setup-dev: .venv/.ready-dev
 	$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch $@
 
-.venv/.ready-dev: requirements.txt requirements-dev.txt pyproject.toml | .venv/bin/python
+# After the others, in two steps: all at once is more than the resolver of old pips can do.
+.venv/.ready-dev: requirements-dev.txt .venv/.ready
 	$(BIN)/python $(PIP) -r requirements-dev.txt
-	$(BIN)/python $(PIP) --no-deps -e .
 	$(BIN)/python $(COMPILE) .venv/lib || true
-	@touch .venv/.ready $@
+	@touch $@
 
 # What the others need beside PyTorch and ours; the engines' packages do not go with theirs.
 .venv-peers/.ready: requirements.txt tests/benchmarks/peers/requirements.txt
