@@ -259,7 +259,8 @@ def client(data, settings):
     def update(params, silo, *, round_index, rng):
         done = own.update(params, silo, round_index=round_index, rng=rng)
         if round_index:
-            return replace(done, params=done.params | {"x": [1]})
+            other = [1] if round_index == 1 else torch.ones(2, dtype=torch.complex64)
+            return replace(done, params=done.params | {"x": other})
         metrics = {"a": torch.tensor(1.0), "b": float("nan"), "c": True}
         more = {"images": silo.train.x[:2]}
         return replace(done, params=done.params | more, metrics=metrics)
@@ -272,6 +273,8 @@ def client(data, settings):
     assert sent.metrics["b"] != sent.metrics["b"]
     with pytest.raises(Refusal, match="send tensors only"):
         its.turn("train", run.params, 1)
+    with pytest.raises(Refusal, match="'x' is torch.complex64 .*dtypes that may cross"):
+        its.turn("train", run.params, 2)
     assert Path(its.plan["account"]).is_dir()
 
 

@@ -58,7 +58,7 @@ class RoundController(Controller):
         super().__init__()
         torch.set_num_threads(1)  # the number of threads changes the last bits
         self.lock = threading.Lock()  # answers come in by several threads
-        self.checks = threading.Semaphore(2)  # each holds a model in memory
+        self.check_slots = threading.Semaphore(2)  # a check holds a model in memory
         self.there = Attendance({})
         self.rounds_done = 0  # and saved
         self.started = 0.0  # when the last task went out
@@ -324,7 +324,7 @@ class RoundController(Controller):
         try:
             unpack(message, folder, exchange.UPDATE)
             del message[exchange.UPDATE]  # it is on the disk
-            with self.checks:
+            with self.check_slots:
                 update = exchange.read_update(
                     folder,
                     expected,
