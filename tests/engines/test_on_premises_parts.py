@@ -331,6 +331,7 @@ def test_what_is_agreed_leaves_as_two_files_and_is_in_the_ledger(kit, tmp_path):
     sent = through(kit, made)
     files = {k for k in sent if k not in ("__headers__", "__cookies__")}
     assert files == {exchange.UPDATE, exchange.MANIFEST}
+    assert made["update"].update is None  # a large one is held once, as what leaves
     folder = gate.unpack(sent, tmp_path / "in", exchange.UPDATE)
     found = exchange.read_update(
         folder, SENT, silo="Hospital A", round_index=4,
